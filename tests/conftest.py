@@ -1,0 +1,42 @@
+"""Settings and fixtures shared by every test.
+
+Strict dtype promotion is on for the whole session: library code has to cast explicitly.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@functools.cache
+def _load(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """`golden(name)`: the arrays of tests/golden/<name>.npz, read once per session and not writeable."""
+    return _load
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit types for one test."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
