@@ -1,0 +1,105 @@
+"""Dynamic frequency-based sampling (DFS): which windows of the replay to train on and to imagine from.
+
+Two counters per start index record how often a window beginning there trained the world model and how often it
+began an imagined rollout. World-model sampling favours starts trained rarely; imagination favours starts that the
+world model has seen at least as often as they were imagined from. Source: Drama, arXiv 2410.08893, section 2.3.
+
+Draws are without replacement by Gumbel top-k: the k largest of `logits + Gumbel noise` are distributed as k
+successive draws from softmax(logits) with the drawn entries removed. Logits therefore need no normalisation, and
+uniform sampling is the same draw with zero logits.
+
+N is the number of entries (the replay's capacity).
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Counters:
+    """How often each start index was drawn."""
+
+    trained: jax.Array  # [N] int32, draws for world-model training
+    imagined: jax.Array  # [N] int32, draws for imagination
+
+
+def init(capacity: int) -> Counters:
+    """Counters at zero for `capacity` entries."""
+    return Counters(trained=jnp.zeros(capacity, jnp.int32), imagined=jnp.zeros(capacity, jnp.int32))
+
+
+def training_logits(trained: jax.Array, tau: float | jax.Array) -> jax.Array:
+    """Unnormalised log-probabilities of world-model sampling, `-trained / tau`.
+
+    Args:
+      trained: [..., N] int32, training draws per start.
+      tau: Temperature, positive; may be traced. Large values approach uniform sampling.
+
+    Returns:
+      [..., N] logits in tau's dtype (the default float for a Python number).
+    """
+    return -trained.astype(_float_dtype(tau)) / tau
+
+
+def imagination_logits(
+    trained: jax.Array,
+    imagined: jax.Array,
+    ratio: float,
+    tau: float | jax.Array,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> jax.Array:
+    """Unnormalised log-probabilities of imagination sampling.
+
+    With m = imagined / ratio the logits are `(trained - alpha m - beta max(0, trained - m)) / tau`. For
+    alpha = beta = 1 that is `min(trained - m, 0) / tau`: uniform over starts trained at least as often as imagined.
+
+    Args:
+      trained: [..., N] int32, training draws per start.
+      imagined: [..., N] int32, imagination draws per start.
+      ratio: Starts of an imagination batch per start of a training batch; puts both counters on one scale.
+      tau: Temperature, positive; may be traced.
+      alpha: Weight of the imagination count.
+      beta: Weight of the surplus of training over imagination.
+
+    Returns:
+      [..., N] logits in tau's dtype (the default float for a Python number).
+    """
+    dtype = _float_dtype(tau)
+    count = trained.astype(dtype)
+    scaled = imagined.astype(dtype) / ratio
+    return (count - alpha * scaled - beta * jnp.maximum(count - scaled, 0)) / tau
+
+
+def sample(key: jax.Array, logits: jax.Array, size: int | jax.Array, num: int) -> jax.Array:
+    """Draws `num` distinct indices among the first `size` entries.
+
+    Args:
+      key: PRNG key, consumed.
+      logits: [N] unnormalised log-probabilities; finite.
+      size: Number of valid entries; may be traced. At least `num`, or entries beyond `size` fill the draw.
+      num: Number of draws, at most N.
+
+    Returns:
+      [num] int32 indices below `size`, in the order drawn.
+    """
+    return sample_masked(key, logits, jnp.arange(logits.shape[0]) < size, num)
+
+
+def sample_masked(key: jax.Array, logits: jax.Array, valid: jax.Array, num: int) -> jax.Array:
+    """As `sample`, among the entries where `valid` ([N] bool) holds; at least `num` of them must."""
+    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+    _, indices = jax.lax.top_k(jnp.where(valid, logits + noise, -jnp.inf), num)
+    return indices
+
+
+def increment(counter: jax.Array, indices: jax.Array) -> jax.Array:
+    """Adds one to `counter` ([N] int32) at `indices` ([M] int32)."""
+    return counter.at[indices].add(1)
+
+
+def _float_dtype(tau: float | jax.Array) -> jnp.dtype:
+    return jnp.result_type(tau) if isinstance(tau, jax.Array) else jnp.result_type(float)

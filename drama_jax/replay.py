@@ -1,0 +1,205 @@
+"""Replay: the last `capacity` steps of experience as arrays on the device, with the sampler's counters.
+
+The arrays are a ring. *Slots* number its places; *ages* number its entries in time, 0 being the oldest. Windows are
+named by the age of their first entry, so that a window is always `length` consecutive steps: it reaches neither past
+the newest entry nor across the write position. Windows may span an episode's end; `firsts` tells where.
+
+Letters: N capacity, M windows, L window length, H, W, C frame height, width and channels.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from drama_jax import dfs
+from drama_jax.config import ReplayConfig
+
+
+@flax.struct.dataclass
+class Transition:
+    """One agent step."""
+
+    frame: jax.Array  # [H, W, C] uint8, what was seen before the action
+    action: jax.Array  # [] int32
+    reward: jax.Array  # [] float32, earned by the action
+    terminal: jax.Array  # [] bool, the action ended the episode or lost a life
+    first: jax.Array  # [] bool, `frame` starts an episode
+
+
+@flax.struct.dataclass
+class Batch:
+    """Windows of consecutive steps; the fields are those of `Transition`."""
+
+    frames: jax.Array  # [M, L, H, W, C] uint8
+    actions: jax.Array  # [M, L] int32
+    rewards: jax.Array  # [M, L] float32
+    terminals: jax.Array  # [M, L] bool
+    firsts: jax.Array  # [M, L] bool
+
+
+@flax.struct.dataclass
+class Replay:
+    """The ring. Entries at slots never written are zero and never sampled."""
+
+    frames: jax.Array  # [N, H, W, C] uint8
+    actions: jax.Array  # [N] int32
+    rewards: jax.Array  # [N] float32
+    terminals: jax.Array  # [N] bool
+    firsts: jax.Array  # [N] bool
+    position: jax.Array  # [] int32, the slot written next
+    size: jax.Array  # [] int32, entries held, at most N
+    counters: dfs.Counters  # [N] each, by slot of the window's first entry
+
+    @property
+    def capacity(self) -> int:
+        """N."""
+        return self.actions.shape[-1]
+
+
+def init(config: ReplayConfig, image_shape: tuple[int, int, int]) -> Replay:
+    """An empty replay for frames of `image_shape` (height, width, channels).
+
+    It takes `config.capacity * height * width * channels` bytes of device memory, and 18 more per entry.
+    """
+    n = config.capacity
+    return Replay(
+        frames=jnp.zeros((n, *image_shape), jnp.uint8),
+        actions=jnp.zeros(n, jnp.int32),
+        rewards=jnp.zeros(n, jnp.float32),
+        terminals=jnp.zeros(n, jnp.bool_),
+        firsts=jnp.zeros(n, jnp.bool_),
+        position=jnp.zeros((), jnp.int32),
+        size=jnp.zeros((), jnp.int32),
+        counters=dfs.init(n),
+    )
+
+
+def add(replay: Replay, transition: Transition) -> Replay:
+    """Appends one step, over the oldest entry if the ring is full; that slot's counters return to zero.
+
+    Donate `replay` to the jitted caller: every array is then updated in place.
+    """
+    position = replay.position
+
+    def write(array: jax.Array, value: jax.Array) -> jax.Array:
+        # A dynamic_update_slice, not a scatter: XLA performs it in place on a donated array.
+        return jax.lax.dynamic_update_index_in_dim(array, value, position, 0)
+
+    zero = jnp.zeros((), jnp.int32)
+    return replay.replace(
+        frames=write(replay.frames, transition.frame),
+        actions=write(replay.actions, transition.action),
+        rewards=write(replay.rewards, transition.reward),
+        terminals=write(replay.terminals, transition.terminal),
+        firsts=write(replay.firsts, transition.first),
+        position=(position + 1) % replay.capacity,
+        size=jnp.minimum(replay.size + 1, replay.capacity),
+        counters=dfs.Counters(
+            trained=write(replay.counters.trained, zero),
+            imagined=write(replay.counters.imagined, zero),
+        ),
+    )
+
+
+def num_starts(replay: Replay, length: int) -> jax.Array:
+    """Number of windows of `length` steps the replay holds, int32 []."""
+    return jnp.maximum(replay.size + 1 - length, 0)
+
+
+def gather(replay: Replay, starts: jax.Array, length: int) -> Batch:
+    """The windows of `length` steps that begin at ages `starts` ([M] int32, each below `num_starts`)."""
+    slots = _slots(replay, starts[:, None] + jnp.arange(length, dtype=jnp.int32))
+    return Batch(
+        frames=replay.frames[slots],
+        actions=replay.actions[slots],
+        rewards=replay.rewards[slots],
+        terminals=replay.terminals[slots],
+        firsts=replay.firsts[slots],
+    )
+
+
+def sample_training(
+    config: ReplayConfig,
+    replay: Replay,
+    key: jax.Array,
+    num: int,
+    length: int,
+    *,
+    tau: float | jax.Array | None = None,
+) -> tuple[jax.Array, Replay]:
+    """Draws distinct windows for world-model training and counts them.
+
+    Args:
+      config: Sampler and its temperature.
+      replay: The replay; must hold at least `num` windows.
+      key: PRNG key, consumed.
+      num: M, number of windows.
+      length: L, steps of a window.
+      tau: Overrides `config.tau`; may be traced.
+
+    Returns:
+      ([num] int32 ages of the starts, replay with `counters.trained` moved).
+    """
+    counters = replay.counters
+    logits = dfs.training_logits(counters.trained, config.tau if tau is None else tau)
+    slots = _draw(config, replay, key, logits, num, length)
+    counters = counters.replace(trained=dfs.increment(counters.trained, slots))
+    return _ages(replay, slots), replay.replace(counters=counters)
+
+
+def sample_imagination(
+    config: ReplayConfig,
+    replay: Replay,
+    key: jax.Array,
+    num: int,
+    length: int,
+    ratio: float,
+    *,
+    tau: float | jax.Array | None = None,
+) -> tuple[jax.Array, Replay]:
+    """Draws distinct windows to imagine from and counts them.
+
+    Args:
+      config: Sampler, its temperature and its weights alpha and beta.
+      replay: The replay; must hold at least `num` windows.
+      key: PRNG key, consumed.
+      num: M, number of windows.
+      length: L, steps of a window (the context).
+      ratio: Imagination batch size over training batch size.
+      tau: Overrides `config.imagination_tau`; may be traced.
+
+    Returns:
+      ([num] int32 ages of the starts, replay with `counters.imagined` moved).
+    """
+    counters = replay.counters
+    logits = dfs.imagination_logits(
+        counters.trained,
+        counters.imagined,
+        ratio,
+        config.imagination_tau if tau is None else tau,
+        config.alpha,
+        config.beta,
+    )
+    slots = _draw(config, replay, key, logits, num, length)
+    counters = counters.replace(imagined=dfs.increment(counters.imagined, slots))
+    return _ages(replay, slots), replay.replace(counters=counters)
+
+
+def _draw(config: ReplayConfig, replay: Replay, key: jax.Array, logits: jax.Array, num: int, length: int) -> jax.Array:
+    """[num] int32 slots of distinct window starts. Masking slots by age spares rolling the arrays into time order."""
+    if config.sampler == "uniform":
+        logits = jnp.zeros_like(logits)
+    valid = _ages(replay, jnp.arange(replay.capacity, dtype=jnp.int32)) < num_starts(replay, length)
+    return dfs.sample_masked(key, logits, valid, num)
+
+
+def _slots(replay: Replay, ages: jax.Array) -> jax.Array:
+    """Slots of the entries of these ages."""
+    return (replay.position - replay.size + ages) % replay.capacity
+
+
+def _ages(replay: Replay, slots: jax.Array) -> jax.Array:
+    """Ages of the entries in these slots; at least `size` for a slot not yet written."""
+    return (slots - replay.position + replay.size) % replay.capacity
