@@ -1,0 +1,429 @@
+"""Configuration: frozen, hashable, validated dataclasses and the named presets.
+
+Every dataclass here is static: it is passed to pure functions as a Python value and becomes part of the
+`jax.jit` cache key. The defaults are preset `xs`, the 7 M-parameter model of Drama (arXiv 2410.08893).
+
+*Steps* are agent steps, *frames* are emulator frames; one Atari step is four frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
+Sampler = Literal["dfs", "uniform"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line naming the field, what was given and what is accepted."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
+
+
+def _fraction(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, f"{type(config).__name__}.{name} must lie in [0, 1], got {value}")
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Where the paper's equations (the defaults) and the released PyTorch code part ways.
+
+    Each field is read at exactly one place. Preset `reference` inverts all of them.
+    """
+
+    reset_at_episode_start: bool = True
+    """Drop the recurrent state where an episode starts; the released code lets it run on."""
+    reward_follows_action: bool = True
+    """Imagined reward and termination are those caused by the action; the released code reads them one step early."""
+    bootstrap_next_value: bool = True
+    """The lambda-return mixes in V_(t+1), as defined; the released code mixes in V_t."""
+    weight_by_survival: bool = True
+    """Imagined steps after a predicted termination do not count; in the released code they do."""
+    normalise_by_training_data: bool = True
+    """The actor's input statistics move in behaviour training only; the released code moves them at every call."""
+    first_action_from_policy: bool = True
+    """The policy chooses an episode's first action too; in the released code it is uniformly random."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """LaProp with linear warm-up and global-norm clipping (paper, appendix on hyper-parameters)."""
+
+    learning_rate: float = 4e-5
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-20
+    weight_decay: float = 0.0
+    """Decoupled decay per update, not multiplied by the learning rate."""
+    warmup_updates: int = 1000
+    max_grad_norm: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "eps", "max_grad_norm")
+        _fraction(self, "b1", "b2", "weight_decay")
+        _require(self.warmup_updates >= 0, f"OptimizerConfig.warmup_updates must be >= 0, got {self.warmup_updates}")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The discrete variational autoencoder: frame <-> K categoricals of C classes."""
+
+    image_size: int = 64
+    """Height and width of a frame in pixels."""
+    image_channels: int = 3
+    depths: tuple[int, ...] = (16, 32, 48, 64, 64)
+    """Channels of each 5x5 convolution; the first has stride 1, every other one stride 2."""
+    categoricals: int = 32
+    classes: int = 32
+    unimix: float = 0.01
+    """Share of the uniform distribution mixed into every categorical."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "image_size", "image_channels", "categoricals", "classes")
+        _fraction(self, "unimix")
+        _require(len(self.depths) >= 2, f"AutoencoderConfig.depths needs at least two entries, got {self.depths}")
+        _require(min(self.depths) > 0, f"AutoencoderConfig.depths must be positive, got {self.depths}")
+        factor = 2 ** (len(self.depths) - 1)
+        _require(
+            self.image_size % factor == 0,
+            f"AutoencoderConfig.image_size must be a multiple of {factor} for {len(self.depths)} depths, "
+            f"got {self.image_size}",
+        )
+
+    @property
+    def latent_size(self) -> int:
+        """S = K * C, the width of the flattened latent."""
+        return self.categoricals * self.classes
+
+    @property
+    def map_size(self) -> int:
+        """Height and width of the encoder's last feature map."""
+        return int(self.image_size // 2 ** (len(self.depths) - 1))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a frame."""
+        return (self.image_size, self.image_size, self.image_channels)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The sequence model (z_t, a_t) -> d_t."""
+
+    name: Literal["mamba2"] = "mamba2"
+    width: int = 512
+    """D, the width of the residual stream and of the output d_t."""
+    num_layers: int = 2
+    expand: int = 2
+    """Inner width of a block is expand * width."""
+    head_dim: int = 64
+    """P, the width of one SSD head."""
+    state_dim: int = 16
+    """N, the state dimension of the SSD."""
+    conv_width: int = 4
+    chunk_size: int = 64
+    """Q, the chunk length of the SSD scan."""
+
+    def __post_init__(self) -> None:
+        _require(self.name == "mamba2", f"BackboneConfig.name must be 'mamba2', got {self.name!r}")
+        _positive(self, "width", "num_layers", "expand", "head_dim", "state_dim", "conv_width", "chunk_size")
+        _require(
+            self.inner_width % self.head_dim == 0,
+            f"BackboneConfig.head_dim must divide expand * width = {self.inner_width}, got {self.head_dim}",
+        )
+
+    @property
+    def inner_width(self) -> int:
+        """Width of x and z inside a block: expand * D."""
+        return self.expand * self.width
+
+    @property
+    def num_heads(self) -> int:
+        """H, the number of SSD heads."""
+        return self.inner_width // self.head_dim
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """World model: autoencoder, backbone, heads, loss and its optimiser."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    head_units: int = 256
+    """Width of the one hidden layer in the reward and termination heads."""
+    num_bins: int = 255
+    """Bins of the symlog two-hot distributions."""
+    batch_size: int = 16
+    batch_length: int = 128
+    """T, the steps of one training sequence."""
+    free_bits: float = 1.0
+    """Nats below which the (summed, then averaged) KL is not penalised."""
+    dynamics_scale: float = 1.0
+    representation_scale: float = 0.1
+    compute_dtype: ComputeDtype = "auto"
+    """Precision of convolutions and matrix products; `auto` is bfloat16 on a GPU, float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "head_units", "batch_size", "dynamics_scale")
+        _require(self.num_bins >= 3, f"WorldModelConfig.num_bins must be at least 3, got {self.num_bins}")
+        _require(self.batch_length >= 2, f"WorldModelConfig.batch_length must be at least 2, got {self.batch_length}")
+        _require(self.free_bits >= 0, f"WorldModelConfig.free_bits must be >= 0, got {self.free_bits}")
+
+    @property
+    def feature_size(self) -> int:
+        """F = S + D, the width of the behaviour's input."""
+        return self.autoencoder.latent_size + self.backbone.width
+
+
+@dataclass(frozen=True)
+class ImaginationConfig:
+    """Rollouts inside the world model."""
+
+    batch_size: int = 1024
+    """Number of start points per update."""
+    context_length: int = 8
+    """Real steps that precede each imagined rollout."""
+    horizon: int = 16
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size", "context_length", "horizon")
+
+
+@dataclass(frozen=True)
+class BehaviourConfig:
+    """Actor-critic trained on imagined rollouts."""
+
+    actor_layers: int = 3
+    actor_units: int = 256
+    critic_layers: int = 3
+    critic_units: int = 512
+    num_bins: int = 255
+    discount: float = 0.985
+    lambda_: float = 0.95
+    entropy_scale: float = 3e-4
+    slow_critic_decay: float = 0.98
+    return_scale_decay: float = 0.99
+    return_percentiles: tuple[float, float] = (0.05, 0.95)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(max_grad_norm=100.0))
+    compute_dtype: ComputeDtype = "auto"
+
+    def __post_init__(self) -> None:
+        _positive(self, "actor_layers", "actor_units", "critic_layers", "critic_units")
+        _fraction(self, "discount", "lambda_", "slow_critic_decay", "return_scale_decay")
+        _require(self.num_bins >= 3, f"BehaviourConfig.num_bins must be at least 3, got {self.num_bins}")
+        _require(self.entropy_scale >= 0, f"BehaviourConfig.entropy_scale must be >= 0, got {self.entropy_scale}")
+        low, high = self.return_percentiles
+        _require(
+            0 < low < high < 1,
+            f"BehaviourConfig.return_percentiles must satisfy 0 < low < high < 1, got {self.return_percentiles}",
+        )
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Replay ring and its sampler."""
+
+    capacity: int = 100_000
+    """Steps the ring holds."""
+    sampler: Sampler = "dfs"
+    tau: float = 10.0
+    """Temperature of world-model sampling."""
+    imagination_tau: float = 10.0
+    alpha: float = 1.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "capacity", "tau", "imagination_tau")
+        _require(
+            self.sampler in ("dfs", "uniform"), f"ReplayConfig.sampler must be 'dfs' or 'uniform', got {self.sampler!r}"
+        )
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Everything `agent.init`, `agent.act` and `agent.update` depend on."""
+
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    imagination: ImaginationConfig = field(default_factory=ImaginationConfig)
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    acting_context: int = 16
+    """Past steps of the episode that the policy's state is computed from."""
+    warmup_steps: int = 1032
+    """Uniformly random steps before the first update."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "acting_context")
+        # The first update runs once warmup_steps + 1 transitions are stored.
+        stored = self.warmup_steps + 1
+        wm, im = self.world_model, self.imagination
+        _require(
+            self.replay.capacity >= stored,
+            f"ReplayConfig.capacity must hold the {stored} steps before the first update, got {self.replay.capacity}",
+        )
+        for name, batch, length in (
+            ("world_model", wm.batch_size, wm.batch_length),
+            ("imagination", im.batch_size, im.context_length),
+        ):
+            starts = stored + 1 - length
+            _require(
+                starts >= batch,
+                f"AgentConfig.{name}: a batch of {batch} windows of {length} steps does not fit into {stored} stored "
+                f"steps ({max(starts, 0)} starts); lower the batch or raise warmup_steps to {batch + length - 2}",
+            )
+
+    def with_compute_dtype(self, dtype: ComputeDtype) -> AgentConfig:
+        """The same configuration with both `compute_dtype` fields set."""
+        return dataclasses.replace(
+            self,
+            world_model=dataclasses.replace(self.world_model, compute_dtype=dtype),
+            behaviour=dataclasses.replace(self.behaviour, compute_dtype=dtype),
+        )
+
+
+@dataclass(frozen=True)
+class AtariConfig:
+    """The Atari environment; the defaults are the paper's."""
+
+    backend: Literal["envpool", "ale"] = "envpool"
+    frame_skip: int = 4
+    """Emulator frames per agent step."""
+    sticky_actions: float = 0.0
+    """Probability of repeating the previous action."""
+    noop_max: int = 0
+    """Most random no-op frames at a reset; EnvPool always plays at least one."""
+    full_action_space: bool = False
+    max_episode_steps: int = 27_000
+    """Agent steps after which an episode is truncated (27,000 steps = 108,000 frames)."""
+    life_loss_is_terminal: bool = True
+    """A lost life is stored as a terminal; the episode goes on."""
+
+    def __post_init__(self) -> None:
+        _require(self.backend in ("envpool", "ale"), f"backend must be 'envpool' or 'ale', got {self.backend!r}")
+        _positive(self, "frame_skip", "max_episode_steps")
+        _fraction(self, "sticky_actions")
+        _require(self.noop_max >= 0, f"AtariConfig.noop_max must be >= 0, got {self.noop_max}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation after training."""
+
+    episodes: int = 100
+    """Episodes played to their end; 0 skips evaluation."""
+    num_envs: int = 20
+    """Parallel environments; each plays the same number of episodes (+-1), so short episodes are not favoured."""
+    max_episode_steps: int = 27_000
+
+    def __post_init__(self) -> None:
+        _require(self.episodes >= 0, f"EvaluationConfig.episodes must be >= 0, got {self.episodes}")
+        _positive(self, "num_envs", "max_episode_steps")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written to the run directory, and how often (in agent steps)."""
+
+    metrics_every: int = 100
+    images_every: int = 5_000
+    checkpoint_every: int = 10_000
+    tensorboard: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "metrics_every", "images_every", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    atari: AtariConfig = field(default_factory=AtariConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    steps: int = 100_000
+    """Agent steps (100,000 steps = 400,000 frames)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"steps must be >= 0, got {self.steps}")
+        _require(0 <= self.seed < 2**31, f"seed must lie in [0, 2^31), got {self.seed}")
+
+
+def _tiny() -> RunConfig:
+    agent = AgentConfig(
+        world_model=WorldModelConfig(
+            autoencoder=AutoencoderConfig(image_size=64, depths=(4, 8, 12, 16, 16), categoricals=16, classes=16),
+            backbone=BackboneConfig(width=64, head_dim=32, chunk_size=16),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=50),
+            head_units=64,
+            batch_size=4,
+            batch_length=16,
+        ),
+        imagination=ImaginationConfig(batch_size=32, context_length=4, horizon=8),
+        behaviour=BehaviourConfig(
+            actor_layers=2,
+            actor_units=64,
+            critic_layers=2,
+            critic_units=64,
+            optimizer=OptimizerConfig(learning_rate=3e-4, max_grad_norm=100.0, warmup_updates=50),
+        ),
+        replay=ReplayConfig(capacity=10_000),
+        acting_context=8,
+        warmup_steps=200,
+    )
+    return RunConfig(
+        agent=agent,
+        atari=AtariConfig(max_episode_steps=1_000),
+        evaluation=EvaluationConfig(episodes=10, num_envs=5, max_episode_steps=1_000),
+        logging=LoggingConfig(metrics_every=20, images_every=1_000, checkpoint_every=1_000),
+        steps=2_500,
+    )
+
+
+def _small() -> RunConfig:
+    base = AgentConfig()
+    autoencoder = AutoencoderConfig(depths=(32, 64, 96, 128, 128))
+    return RunConfig(
+        agent=dataclasses.replace(base, world_model=dataclasses.replace(base.world_model, autoencoder=autoencoder))
+    )
+
+
+def _reference() -> RunConfig:
+    flipped = Fidelity(**{f.name: False for f in dataclasses.fields(Fidelity)})
+    return RunConfig(agent=AgentConfig(fidelity=flipped))
+
+
+PRESETS = {"tiny": _tiny, "xs": RunConfig, "s": _small, "reference": _reference}
+
+
+def preset(name: str) -> RunConfig:
+    """The configuration called `name`.
+
+    * `xs`: the paper's 7 M-parameter model with the paper's equations (default).
+    * `reference`: the same sizes, with what the released PyTorch code does (`Fidelity`).
+    * `s`: twice the autoencoder channels, the paper's remedy for lost small objects.
+    * `tiny`: the same code at a size that a laptop CPU trains in minutes.
+
+    Raises:
+      ConfigError: if there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; accepted: {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,21 @@
+"""The layers that need mathematics of their own: polyphase 5x5 convolutions and batch normalisation that folds."""
+
+from drama_jax.nn.batch_norm import BatchNorm
+from drama_jax.nn.convolution import (
+    conv_stride1,
+    conv_stride2,
+    conv_transpose_stride1,
+    conv_transpose_stride2,
+    depth_to_space,
+    space_to_depth,
+)
+
+__all__ = [
+    "BatchNorm",
+    "conv_stride1",
+    "conv_stride2",
+    "conv_transpose_stride1",
+    "conv_transpose_stride2",
+    "depth_to_space",
+    "space_to_depth",
+]

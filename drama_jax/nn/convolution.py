@@ -1,0 +1,108 @@
+"""5x5 convolutions computed as 3x3 convolutions on 2x2 phases (polyphase form).
+
+A grid of 2h x 2w pixels with C channels is also a grid of h x w cells with 4C channels: the four pixels of a cell
+are its *phases*, stored phase-major `(row, column, C)` in the channel axis. Write pixel `2i + p` of a line as phase
+`p` of cell `i`. Each 5x5 convolution of the autoencoder then touches neighbouring cells only, d in {-1, 0, 1}:
+
+| convolution (per line)                        | as a sum over cells i + d     | kernel index k  |
+|-----------------------------------------------|-------------------------------|-----------------|
+| stride 2: y[i] = sum_k w[k] x[2i + k - 2]     | phases p in, no phases out    | 2d + p + 2      |
+| stride 1: y[o] = sum_k w[k] x[o + k - 2]      | phases p in, phases q out     | 2d + p - q + 2  |
+| transposed, stride 2: o = 2i + k - 2          | no phases in, phases q out    | q - 2d + 2      |
+
+with w zero outside 0..4. Parameters keep their 5x5 shape `[5, 5, C_in, C_out]`; only slices of them are rearranged
+here. The arithmetic is 36/25 of the direct form, but a dense 3x3 convolution with more channels runs several times
+faster, most of all in the backward pass, where a strided convolution turns into a dilated one.
+Notation: N images, h x w cells, C_in and C_out channels. All images are channels-last.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def space_to_depth(x: jax.Array) -> jax.Array:
+    """Pixels to phases: [N, 2h, 2w, C] -> [N, h, w, 4C], any dtype."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * channels)
+
+
+def depth_to_space(x: jax.Array) -> jax.Array:
+    """Phases to pixels, the inverse of `space_to_depth`: [N, h, w, 4C] -> [N, 2h, 2w, C]."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height, width, 2, 2, channels // 4)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, channels // 4)
+
+
+def conv_stride2(phases: jax.Array, kernel: jax.Array) -> jax.Array:
+    """5x5 convolution, stride 2, padding 2: phases [N, h, w, 4 C_in] -> pixels [N, h, w, C_out].
+
+    Args:
+      phases: the input in phase layout.
+      kernel: [5, 5, C_in, C_out], cross-correlation as in `lax.conv_general_dilated` and PyTorch.
+    """
+    return _conv3x3(phases, _gather_phases(kernel))
+
+
+def conv_stride1(phases: jax.Array, kernel: jax.Array) -> jax.Array:
+    """5x5 convolution, stride 1, padding 2: phases [N, h, w, 4 C_in] -> phases [N, h, w, 4 C_out]."""
+    return _conv3x3(phases, _mix_phases(kernel))
+
+
+def conv_transpose_stride2(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Transposed 5x5 convolution, stride 2, padding 2, output padding 1: [N, h, w, C_in] -> phases [N, h, w, 4 C_out].
+
+    The kernel is [5, 5, C_in, C_out] with PyTorch's meaning of `ConvTranspose2d`: each input pixel adds
+    `kernel` (not mirrored) times its value to the output.
+    """
+    return _conv3x3(x, _scatter_phases(kernel))
+
+
+def conv_transpose_stride1(phases: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Transposed 5x5 convolution, stride 1, padding 2: phases [N, h, w, 4 C_in] -> phases [N, h, w, 4 C_out]."""
+    return _conv3x3(phases, _mix_phases(kernel[::-1, ::-1]))
+
+
+def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _cells(kernel: jax.Array) -> jax.Array:
+    """Kernel rows and columns split into (cell, phase): [5, 5, I, O] -> [3, 2, 3, 2, I, O], index k = 2 cell + phase."""
+    in_channels, out_channels = kernel.shape[2:]
+    padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    return padded.reshape(3, 2, 3, 2, in_channels, out_channels)
+
+
+def _gather_phases(kernel: jax.Array) -> jax.Array:
+    """k = 2d + p + 2: [5, 5, I, O] -> [3, 3, 4I, O]."""
+    in_channels, out_channels = kernel.shape[2:]
+    return _cells(kernel).transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * in_channels, out_channels)
+
+
+def _scatter_phases(kernel: jax.Array) -> jax.Array:
+    """k = q - 2d + 2, so cells run backwards: [5, 5, I, O] -> [3, 3, I, 4O]."""
+    in_channels, out_channels = kernel.shape[2:]
+    cells = _cells(kernel)[::-1, :, ::-1]
+    return cells.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, in_channels, 4 * out_channels)
+
+
+def _mix_phases(kernel: jax.Array) -> jax.Array:
+    """k = 2d + p - q + 2: [5, 5, I, O] -> [3, 3, 4I, 4O].
+
+    Strided slices instead of a gather: their gradient is a sum of paddings, which XLA fuses into one deterministic
+    kernel, where a gather's would be a scatter.
+    """
+    in_channels, out_channels = kernel.shape[2:]
+    padded = jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))  # index k + 1; k = -1 and k = 5 are zero
+
+    def taps(p_row: int, p_col: int, q_row: int, q_col: int) -> jax.Array:
+        row, col = p_row - q_row + 1, p_col - q_col + 1
+        return padded[row : row + 5 : 2, col : col + 5 : 2]
+
+    phases = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    mixed = jnp.stack([jnp.stack([taps(*p, *q) for q in phases]) for p in phases])  # [4, 4, 3, 3, I, O]
+    return mixed.transpose(2, 3, 0, 4, 1, 5).reshape(3, 3, 4 * in_channels, 4 * out_channels)
