@@ -1,0 +1,369 @@
+"""The agent: where world model, imagination, behaviour and replay meet, and nothing else.
+
+`init`, `act` and `update` are pure functions of an `AgentState`. `update` is the whole of training for one environment
+step: append, sample, train the world model, sample, imagine, train the behaviour (paper algorithm 1). Jit it with the
+state donated, and `jax.vmap` it over stacked states for a run of many seeds:
+
+    update = jax.jit(agent.update, donate_argnums=0)
+
+Shapes: E environments, B batch, T time, L horizon, S latent size, D backbone width, A actions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from drama_jax import distributions, imagination, replay, world_model
+from drama_jax.behaviour import actor_critic, normalisers
+from drama_jax.config import AgentConfig, Fidelity
+from drama_jax.precision import at_least_float32
+from drama_jax.replay import Batch, Replay, Transition
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Hyper:
+    """Numbers that may differ between vmapped agents; initialised from the configuration."""
+
+    world_model_learning_rate: jax.Array  # [] float32
+    behaviour_learning_rate: jax.Array  # [] float32
+    entropy_scale: jax.Array  # [] float32
+    tau: jax.Array  # [] float32
+    imagination_tau: jax.Array  # [] float32
+
+
+@flax.struct.dataclass
+class AgentState:
+    """Everything the agent is and remembers."""
+
+    world_model: world_model.WorldModelState
+    behaviour: actor_critic.BehaviourState
+    replay: Replay
+    hyper: Hyper
+    key: jax.Array  # [] PRNG key, split by every update
+    config: AgentConfig = flax.struct.field(pytree_node=False)
+    num_actions: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Acting:
+    """The steps of the running episode that the policy's state is computed from, in each of E environments."""
+
+    frames: jax.Array  # [E, context, height, width, channels] uint8, newest last
+    actions: jax.Array  # [E, context] int32
+    length: jax.Array  # [E] int32, how many of the last entries are valid
+
+
+@flax.struct.dataclass
+class Imagined:
+    """Imagined experience, batch-major."""
+
+    features: jax.Array  # [B, L + 1, S + D] compute dtype
+    actions: jax.Array  # [B, L] int32
+    rewards: jax.Array  # [B, L] at least float32
+    terminations: jax.Array  # [B, L] bool
+
+
+def resolve(config: AgentConfig) -> AgentConfig:
+    """The configuration with `compute_dtype="auto"` decided: bfloat16 on an accelerator, float32 on a CPU."""
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    def decide(part: Any) -> Any:
+        return dataclasses.replace(part, compute_dtype=dtype) if part.compute_dtype == "auto" else part
+
+    return dataclasses.replace(config, world_model=decide(config.world_model), behaviour=decide(config.behaviour))
+
+
+def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
+    """A fresh agent with an empty replay. The key is consumed."""
+    config = resolve(config)
+    key, model_key, behaviour_key = jax.random.split(key, 3)
+    return AgentState(
+        world_model=world_model.init(model_key, config.world_model, num_actions),
+        behaviour=actor_critic.init(
+            behaviour_key, config.behaviour, config.world_model.feature_size, num_actions
+        ),
+        replay=replay.init(config.replay, config.world_model.autoencoder.image_shape),
+        hyper=Hyper(
+            world_model_learning_rate=jnp.asarray(config.world_model.optimizer.learning_rate, jnp.float32),
+            behaviour_learning_rate=jnp.asarray(config.behaviour.optimizer.learning_rate, jnp.float32),
+            entropy_scale=jnp.asarray(config.behaviour.entropy_scale, jnp.float32),
+            tau=jnp.asarray(config.replay.tau, jnp.float32),
+            imagination_tau=jnp.asarray(config.replay.imagination_tau, jnp.float32),
+        ),
+        key=key,
+        config=config,
+        num_actions=num_actions,
+    )
+
+
+def observe(state: AgentState, transition: Transition) -> AgentState:
+    """Appends a step to the replay without training, as before the first update."""
+    return state.replace(replay=replay.add(state.replay, transition))
+
+
+def update(state: AgentState, transition: Transition) -> tuple[AgentState, Metrics]:
+    """Appends one step, then trains world model and behaviour once each.
+
+    The replay must hold at least `config.warmup_steps` steps before.
+
+    Args:
+      state: donate it to the jitted function, or the replay is copied.
+      transition: the newest step.
+
+    Returns:
+      The new state and scalar metrics, named by TensorBoard tag.
+    """
+    config, wm = state.config, state.config.world_model
+    key, train_key, noise_key, start_key, imagine_key = jax.random.split(state.key, 5)
+    memory = replay.add(state.replay, transition)
+
+    starts, memory = replay.sample_training(
+        config.replay, memory, train_key, wm.batch_size, wm.batch_length, tau=state.hyper.tau
+    )
+    batch = replay.gather(memory, starts, wm.batch_length)
+    ae = wm.autoencoder
+    noise_shape = (*batch.actions.shape, ae.categoricals, ae.classes)
+    gumbel = jax.random.gumbel(noise_key, noise_shape, at_least_float32(world_model.compute_dtype(wm)))
+    model, model_metrics = world_model.update(
+        wm,
+        state.world_model,
+        batch,
+        gumbel,
+        episode_segments(config.fidelity, batch.firsts),
+        num_actions=state.num_actions,
+        learning_rate=state.hyper.world_model_learning_rate,
+    )
+
+    im = config.imagination
+    ratio = im.batch_size / wm.batch_size
+    starts, memory = replay.sample_imagination(
+        config.replay, memory, start_key, im.batch_size, im.context_length, ratio, tau=state.hyper.imagination_tau
+    )
+    context = replay.gather(memory, starts, im.context_length)
+    state = state.replace(world_model=model, replay=memory, key=key)
+    imagined, normaliser = imagine(state, context, imagine_key)
+    behaviour, behaviour_metrics = actor_critic.update(
+        config.behaviour,
+        config.fidelity,
+        state.behaviour.replace(normaliser=normaliser),
+        imagined.features,
+        imagined.actions,
+        imagined.rewards,
+        imagined.terminations,
+        learning_rate=state.hyper.behaviour_learning_rate,
+        entropy_scale=state.hyper.entropy_scale,
+    )
+    metrics = {f"world_model/{name}": value for name, value in model_metrics.items()}
+    metrics |= {f"actor_critic/{name}": value for name, value in behaviour_metrics.items()}
+    return state.replace(behaviour=behaviour), metrics
+
+
+def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:
+    """Segment ids [B, T] that change where an episode starts; None to let the recurrent state run on (Q7)."""
+    if not fidelity.reset_at_episode_start:
+        return None
+    return jnp.cumsum(firsts.astype(jnp.int32), axis=-1)
+
+
+def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined, normalisers.InputNormaliser]:
+    """Imagined rollouts that continue real windows, in evaluation mode (paper section 2.3).
+
+    Args:
+      state: whose world model and policy to use.
+      context: real steps [B, context, ...].
+      key: consumed.
+
+    Returns:
+      The rollouts, and the policy's input statistics (moved only if `normalise_by_training_data` is off).
+    """
+    config, fidelity = state.config, state.config.fidelity
+    wm = config.world_model
+    params = state.world_model.params
+    posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
+    latent = sample_latent(state, posterior_key, world_model.posterior(wm, state.world_model, context.frames))
+    features, recurrent = world_model.observe(
+        wm,
+        params,
+        latent,
+        context.actions,
+        num_actions=state.num_actions,
+        segment_ids=episode_segments(fidelity, context.firsts),
+    )
+    hidden = features[:, -1]
+    latent = sample_latent(state, prior_key, world_model.prior(wm, params, hidden))
+
+    def policy(carry: Any, output: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        recurrent, normaliser = carry
+        inputs = policy_input(state, *output)
+        if not fidelity.normalise_by_training_data:
+            normaliser = normalisers.update(normaliser, inputs)
+        logits = actor_critic.policy_logits(config.behaviour, state.behaviour.params, normaliser, inputs)
+        return (recurrent, normaliser), jax.random.categorical(key, logits)
+
+    def model(carry: Any, output: Any, action: jax.Array, key: jax.Array) -> tuple[Any, Any]:
+        recurrent, normaliser = carry
+        latent, _ = output
+        hidden, recurrent = world_model.step(
+            wm, params, recurrent, latent, action, num_actions=state.num_actions
+        )
+        latent = sample_latent(state, key, world_model.prior(wm, params, hidden))
+        return (recurrent, normaliser), (latent, hidden)
+
+    trajectory, (_, normaliser) = imagination.rollout(
+        model,
+        policy,
+        ((recurrent, state.behaviour.normaliser), (latent, hidden)),
+        config.imagination.horizon,
+        rollout_key,
+    )
+    latents, hiddens = jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory.outputs)
+    # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
+    caused = hiddens[:, 1:] if fidelity.reward_follows_action else hiddens[:, :-1]
+    imagined = Imagined(
+        features=policy_input(state, latents, hiddens),
+        actions=trajectory.actions.T,
+        rewards=distributions.two_hot_decode(world_model.reward_logits(wm, params, caused)),
+        terminations=world_model.termination_logits(wm, params, caused) > 0,
+    )
+    return jax.lax.stop_gradient(imagined), normaliser
+
+
+def sample_latent(state: AgentState, key: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """One-hot samples of log-probabilities [..., K, C], flattened to [..., S], in the compute dtype."""
+    sample = distributions.sample_one_hot(key, log_probs)
+    return sample.reshape(*sample.shape[:-2], -1).astype(world_model.compute_dtype(state.config.world_model))
+
+
+def policy_input(state: AgentState, latent: jax.Array, hidden: jax.Array) -> jax.Array:
+    """What actor and critic see: z [..., S] and d [..., D] side by side, in the compute dtype."""
+    dtype = world_model.compute_dtype(state.config.world_model)
+    return jnp.concatenate([latent.astype(dtype), hidden.astype(dtype)], axis=-1)
+
+
+def initial_acting(state: AgentState, num_envs: int) -> Acting:
+    """Empty contexts for `num_envs` environments."""
+    context = state.config.acting_context
+    shape = state.config.world_model.autoencoder.image_shape
+    return Acting(
+        frames=jnp.zeros((num_envs, context, *shape), jnp.uint8),
+        actions=jnp.zeros((num_envs, context), jnp.int32),
+        length=jnp.zeros((num_envs,), jnp.int32),
+    )
+
+
+def act(
+    state: AgentState, acting: Acting, frames: jax.Array, key: jax.Array, first: jax.Array, *, greedy: bool = False
+) -> tuple[jax.Array, Acting]:
+    """Chooses actions in E environments; no statistic of the agent moves.
+
+    The policy acts on d of the previous steps and a sample of the prior that d predicts for the current frame, which
+    is what it sees in imagination (paper section 2.3); the current frame itself enters the next step's context. An
+    episode's first step has no past: there the policy sees the posterior of the frame and d = 0.
+
+    Args:
+      acting: context of the previous steps.
+      frames: [E, height, width, channels] uint8, the current frames.
+      key: consumed.
+      first: [E] bool, the frame starts an episode; clears that environment's context.
+      greedy: take the most likely action instead of sampling one (static).
+
+    Returns:
+      Actions [E] int32 and the context including this step.
+    """
+    config, wm = state.config, state.config.world_model
+    params = state.world_model.params
+    posterior_key, prior_key, action_key, random_key = jax.random.split(key, 4)
+    length = jnp.where(first, 0, acting.length)
+    empty = length == 0
+    # The current frame borrows the newest slot of an empty context, so that one encoder pass serves both cases.
+    newest = jnp.where(empty[:, None, None, None], frames, acting.frames[:, -1])
+    context = acting.frames.at[:, -1].set(newest)
+    latents = sample_latent(state, posterior_key, world_model.posterior(wm, state.world_model, context))
+    steps = context.shape[1]
+    valid = jnp.arange(steps) >= steps - length[:, None]
+    hidden, _ = world_model.observe(
+        wm,
+        params,
+        latents,
+        acting.actions,
+        num_actions=state.num_actions,
+        segment_ids=valid.astype(jnp.int32),
+    )
+    hidden = hidden[:, -1]
+    latent = sample_latent(state, prior_key, world_model.prior(wm, params, hidden))
+    latent = jnp.where(empty[:, None], latents[:, -1], latent)
+    hidden = jnp.where(empty[:, None], jnp.zeros_like(hidden), hidden)
+    inputs = policy_input(state, latent, hidden)
+    logits = actor_critic.policy_logits(config.behaviour, state.behaviour.params, state.behaviour.normaliser, inputs)
+    actions = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(action_key, logits)
+    if not config.fidelity.first_action_from_policy:
+        actions = jnp.where(empty, jax.random.randint(random_key, empty.shape, 0, state.num_actions), actions)
+    actions = actions.astype(jnp.int32)
+    return actions, Acting(
+        frames=jnp.concatenate([acting.frames[:, 1:], frames[:, None]], axis=1),
+        actions=jnp.concatenate([acting.actions[:, 1:], actions[:, None]], axis=1),
+        length=jnp.minimum(length + 1, steps),
+    )
+
+
+def reconstruct(state: AgentState, frames: jax.Array, key: jax.Array) -> jax.Array:
+    """Frames through the autoencoder: uint8 [..., height, width, channels] -> float in 0..1, same shape."""
+    latent = sample_latent(state, key, world_model.posterior(state.config.world_model, state.world_model, frames))
+    return world_model.decode(state.config.world_model, state.world_model, latent)
+
+
+def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int) -> jax.Array:
+    """Open-loop prediction: reconstructions of `context` real steps, then what the model dreams under the real actions.
+
+    Args:
+      batch: real steps [B, T, ...], T > context.
+      key: consumed.
+      context: how many steps the model sees (static).
+
+    Returns:
+      Frames in 0..1 [B, T, height, width, channels].
+    """
+    wm, params = state.config.world_model, state.world_model.params
+    posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
+    seen = world_model.posterior(wm, state.world_model, batch.frames[:, :context])
+    latents = sample_latent(state, posterior_key, seen)
+    features, recurrent = world_model.observe(
+        wm,
+        params,
+        latents,
+        batch.actions[:, :context],
+        num_actions=state.num_actions,
+        segment_ids=episode_segments(state.config.fidelity, batch.firsts[:, :context]),
+    )
+    latent = sample_latent(state, prior_key, world_model.prior(wm, params, features[:, -1]))
+
+    def body(carry: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        recurrent, latent = carry
+        action, key = inputs
+        hidden, recurrent = world_model.step(wm, params, recurrent, latent, action, num_actions=state.num_actions)
+        return (recurrent, sample_latent(state, key, world_model.prior(wm, params, hidden))), latent
+
+    actions = batch.actions[:, context:].T
+    _, dreamt = jax.lax.scan(body, (recurrent, latent), (actions, jax.random.split(rollout_key, actions.shape[0])))
+    latents = jnp.concatenate([latents, dreamt.swapaxes(0, 1)], axis=1)
+    return world_model.decode(wm, state.world_model, latents)
+
+
+def sampler_metrics(state: AgentState) -> Metrics:
+    """Replay size and quantiles of the DFS counters over the stored steps, by TensorBoard tag."""
+    memory = state.replay
+    held = jnp.arange(memory.capacity) < memory.size
+    metrics = {"replay/size": memory.size.astype(jnp.float32)}
+    levels = {"q10": 0.1, "q50": 0.5, "q90": 0.9, "max": 1.0}
+    for name, counter in (("trained", memory.counters.trained), ("imagined", memory.counters.imagined)):
+        counts = jnp.where(held, counter.astype(jnp.float32), jnp.nan)
+        quantiles = jnp.nanquantile(counts, jnp.asarray(list(levels.values())))
+        metrics |= {f"dfs/{name}_{level}": quantile for level, quantile in zip(levels, quantiles, strict=True)}
+    return metrics

@@ -1,0 +1,58 @@
+"""Rollouts inside a model (paper section 2.3), written against two callables and no network.
+
+Anything that has a step and a policy can be rolled out: the world model of this package (see `drama_jax.agent`), or a
+user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+Carry = Any
+Output = Any
+Policy = Callable[[Carry, Output, jax.Array], tuple[Carry, jax.Array]]
+"""(carry, output, key) -> (carry, action [B])."""
+Model = Callable[[Carry, Output, jax.Array, jax.Array], tuple[Carry, Output]]
+"""(carry, output, action [B], key) -> (carry, next output)."""
+
+
+@flax.struct.dataclass
+class Trajectory:
+    """An imagined rollout; B batch, L horizon."""
+
+    outputs: Output  # [L + 1, B, ...] per leaf: the start's output, then one after each action
+    actions: jax.Array  # [L, B]
+
+
+def rollout(
+    model: Model, policy: Policy, start: tuple[Carry, Output], horizon: int, key: jax.Array
+) -> tuple[Trajectory, Carry]:
+    """Alternates policy and model for `horizon` steps as one `lax.scan`.
+
+    Args:
+      model: one step of the environment model. `carry` is what it remembers and is not recorded (a recurrent state);
+        `output` is what the policy sees and is recorded (a latent and a feature).
+      policy: chooses the action; may change the carry (statistics it keeps).
+      start: carry and output from which to begin.
+      horizon: number of steps, static.
+      key: consumed.
+
+    Returns:
+      The trajectory, time-major, and the final carry.
+    """
+
+    def body(loop: tuple[Carry, Output], keys: jax.Array) -> tuple[tuple[Carry, Output], tuple[Output, jax.Array]]:
+        carry, output = loop
+        carry, action = policy(carry, output, keys[0])
+        carry, following = model(carry, output, action, keys[1])
+        return (carry, following), (output, action)
+
+    keys = jax.random.split(key, (horizon, 2))
+    (carry, last), (outputs, actions) = jax.lax.scan(body, start, keys)
+    outputs = jax.tree.map(lambda before, end: jnp.concatenate([before, end[None]]), outputs, last)
+    return Trajectory(outputs, actions), carry

@@ -1,0 +1,209 @@
+"""The discrete variational autoencoder: frame -> K categoricals of C classes -> frame (paper section 2.1).
+
+Convolutions are 5x5 with batch normalisation and SiLU; the first has stride 1, every other one stride 2, and the
+decoder mirrors the encoder. Activations between layers stay in phase layout (see `drama_jax.nn.convolution`) wherever
+the next layer wants it. Shapes: N frames, E embedding size, K categoricals, C classes, S = K * C.
+
+In training mode batch normalisation uses the statistics of the N frames and returns moved running statistics; in
+evaluation mode it is folded into the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from drama_jax import distributions
+from drama_jax.config import AutoencoderConfig
+from drama_jax.nn import (
+    BatchNorm,
+    conv_stride1,
+    conv_stride2,
+    conv_transpose_stride1,
+    conv_transpose_stride2,
+    depth_to_space,
+    space_to_depth,
+)
+from drama_jax.precision import at_least_float32, widen
+
+Params = Any
+Dtype = Any
+
+CONVOLUTIONS = {
+    "stride1": conv_stride1,
+    "stride2": conv_stride2,
+    "transpose1": conv_transpose_stride1,
+    "transpose2": conv_transpose_stride2,
+}
+PHASES_IN = {"stride1": 4, "stride2": 4, "transpose1": 4, "transpose2": 1}
+PHASES_OUT = {"stride1": 4, "stride2": 1, "transpose1": 4, "transpose2": 4}
+
+weight_init = nn.initializers.variance_scaling(1.0, "fan_avg", "truncated_normal")
+
+
+def torch_linear_init(fan_in: int) -> nn.initializers.Initializer:
+    """U(+-1/sqrt(fan_in)), PyTorch's default for a linear layer's weight and bias."""
+    bound = fan_in**-0.5
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def apply_affine(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """x * scale + shift with per-channel [C] factors on the last axis `phases * C`, in the dtype of `scale`."""
+    phases = x.shape[-1] // scale.shape[0]
+    return x.astype(scale.dtype) * jnp.tile(scale, phases) + jnp.tile(shift, phases)
+
+
+class ConvBlock(nn.Module):
+    """5x5 convolution, batch normalisation, SiLU; input and output in the layout its kind asks for."""
+
+    features: int
+    kind: Literal["stride1", "stride2", "transpose1", "transpose2"]
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        params = at_least_float32(self.dtype)
+        channels = x.shape[-1] // PHASES_IN[self.kind]
+        kernel = self.param("kernel", weight_init, (5, 5, channels, self.features), params)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), params)
+        norm = BatchNorm(self.features, PHASES_OUT[self.kind], param_dtype=params, name="norm")
+        convolve = CONVOLUTIONS[self.kind]
+        if train:
+            y = convolve(x, kernel.astype(self.dtype))
+            scale, shift = norm(y, bias)
+            y = apply_affine(y, scale, shift)
+        else:
+            scale, shift = norm(None, bias)
+            y = convolve(x, (kernel * scale).astype(self.dtype))
+            y = y.astype(params) + jnp.tile(shift, PHASES_OUT[self.kind])
+        return nn.silu(y).astype(self.dtype)
+
+
+class Encoder(nn.Module):
+    """Frames [N, height, width, channels] in phase layout [N, h/2, w/2, 4 channels], 0..1, to features [N, E]."""
+
+    config: AutoencoderConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, phases: jax.Array, train: bool) -> jax.Array:
+        first, *rest = self.config.depths
+        x = ConvBlock(first, "stride1", self.dtype, name="conv_0")(phases, train)
+        for i, depth in enumerate(rest, 1):
+            x = ConvBlock(depth, "stride2", self.dtype, name=f"conv_{i}")(x if i == 1 else space_to_depth(x), train)
+        return x.reshape(x.shape[0], -1)
+
+
+class Decoder(nn.Module):
+    """Latents [N, S] to frames in phase layout [N, h/2, w/2, 4 channels], 0..1, in at least float32."""
+
+    config: AutoencoderConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, train: bool) -> jax.Array:
+        params = at_least_float32(self.dtype)
+        size, depths = self.config.map_size, self.config.depths[::-1]
+        linear = nn.Dense(
+            size * size * depths[0], dtype=self.dtype, param_dtype=params, kernel_init=weight_init, name="linear"
+        )
+        x = linear(latent.astype(self.dtype)).reshape(-1, size, size, depths[0])
+        norm = BatchNorm(depths[0], param_dtype=params, name="norm")
+        zero = jnp.zeros((depths[0],), params)
+        x = nn.silu(apply_affine(x, *norm(x if train else None, zero))).astype(self.dtype)
+        for i, depth in enumerate(depths[1:]):
+            phases = ConvBlock(depth, "transpose2", self.dtype, name=f"conv_{i}")(x, train)
+            x = depth_to_space(phases) if i + 2 < len(depths) else phases
+        channels = self.config.image_channels
+        kernel = self.param("kernel", weight_init, (5, 5, depths[-1], channels), params)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), params)
+        y = conv_transpose_stride1(x, kernel.astype(self.dtype)).astype(params)
+        return nn.sigmoid(y + jnp.tile(bias, 4))
+
+
+def posterior_head(config: AutoencoderConfig, dtype: Dtype) -> nn.Dense:
+    """Linear map from the embedding [.., E] to raw posterior logits [.., S]."""
+    return latent_head(config.map_size**2 * config.depths[-1], config, dtype)
+
+
+def latent_head(fan_in: int, config: AutoencoderConfig, dtype: Dtype) -> nn.Dense:
+    """Linear map from `fan_in` features to raw logits [.., S], with PyTorch's default initialisation."""
+    init = torch_linear_init(fan_in)
+    return nn.Dense(
+        config.latent_size, dtype=dtype, param_dtype=at_least_float32(dtype), kernel_init=init, bias_init=init
+    )
+
+
+def mixed_logits(config: AutoencoderConfig, raw: jax.Array) -> jax.Array:
+    """Raw logits [.., S] to log-probabilities [.., K, C] with the uniform share mixed in, in at least float32."""
+    logits = raw.reshape(*raw.shape[:-1], config.categoricals, config.classes)
+    return distributions.unimix(widen(logits), config.unimix)
+
+
+def init(key: jax.Array, config: AutoencoderConfig, dtype: Dtype = jnp.float32) -> tuple[Params, Params]:
+    """Parameters and batch statistics: two dicts, `{encoder, posterior_head, decoder}` and `{encoder, decoder}`."""
+    encoder_key, head_key, decoder_key = jax.random.split(key, 3)
+    half, channels = config.image_size // 2, config.image_channels
+    phases = jnp.zeros((1, half, half, 4 * channels), dtype)
+    embedding = jnp.zeros((1, config.map_size**2 * config.depths[-1]), dtype)
+    latent = jnp.zeros((1, config.latent_size), dtype)
+    encoder = Encoder(config, dtype).init(encoder_key, phases, True)
+    decoder = Decoder(config, dtype).init(decoder_key, latent, True)
+    head = posterior_head(config, dtype).init(head_key, embedding)
+    params = {"encoder": encoder["params"], "posterior_head": head["params"], "decoder": decoder["params"]}
+    return params, {"encoder": encoder["batch_stats"], "decoder": decoder["batch_stats"]}
+
+
+def frames_to_phases(frames: jax.Array, dtype: Dtype) -> jax.Array:
+    """Frames uint8 [N, height, width, channels] to phases in 0..1 [N, h/2, w/2, 4 channels] of `dtype`."""
+    return space_to_depth(frames).astype(dtype) / 255
+
+
+def encode(
+    config: AutoencoderConfig, params: Params, batch_stats: Params, phases: jax.Array, *, train: bool, dtype: Dtype
+) -> tuple[jax.Array, Params]:
+    """Features of frames.
+
+    Args:
+      params: as returned by `init`.
+      batch_stats: as returned by `init`.
+      phases: frames in phase layout, see `frames_to_phases`.
+      train: whether to normalise by the statistics of this batch, and move the running ones.
+      dtype: compute dtype of the convolutions.
+
+    Returns:
+      Embedding [N, E] of `dtype` (flattened height, width, channel) and the batch statistics, moved if `train`.
+    """
+    variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
+    features, moved = Encoder(config, dtype).apply(variables, phases, train, mutable=["batch_stats"])
+    return features, {**batch_stats, "encoder": moved["batch_stats"]}
+
+
+def posterior(config: AutoencoderConfig, params: Params, embedding: jax.Array, *, dtype: Dtype) -> jax.Array:
+    """Log-probabilities of q(z | frame) [.., K, C] (in at least float32) from the embedding [.., E]."""
+    raw = posterior_head(config, dtype).apply({"params": params["posterior_head"]}, embedding)
+    return mixed_logits(config, raw)
+
+
+def decode(
+    config: AutoencoderConfig, params: Params, batch_stats: Params, latent: jax.Array, *, train: bool, dtype: Dtype
+) -> tuple[jax.Array, Params]:
+    """Frames from latents.
+
+    Args:
+      latent: [N, S], flattened one-hot samples.
+
+    Returns:
+      Frames 0..1 in phase layout [N, h/2, w/2, 4 channels] (`drama_jax.nn.depth_to_space` makes pixels of them), in at
+      least float32, and the batch statistics, moved if `train`.
+    """
+    variables = {"params": params["decoder"], "batch_stats": batch_stats["decoder"]}
+    phases, moved = Decoder(config, dtype).apply(variables, latent, train, mutable=["batch_stats"])
+    return phases, {**batch_stats, "decoder": moved["batch_stats"]}

@@ -1,0 +1,31 @@
+"""Helpers shared by tests."""
+
+import flax.traverse_util
+import numpy as np
+
+
+def named(data, prefix):
+    """The entries of a golden file under `prefix`, with the prefix removed."""
+    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+
+
+def flat(tree):
+    """{'a/b/c': array}."""
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def assert_trees_close(actual, expected, *, rtol, skip=(), skip_leaf=None):
+    """Every array of `expected` is in `actual` and within `rtol` of its own largest value.
+
+    Arrays under a path that starts with one of `skip` are left out if their last name is `skip_leaf`.
+    """
+    actual, expected = flat(actual), flat(expected)
+    assert expected, "nothing to compare"
+    compared = 0
+    for path, value in expected.items():
+        if path.startswith(tuple(skip)) and path.rsplit("/", 1)[-1] == skip_leaf and "/norm/" not in path:
+            continue
+        scale = np.max(np.abs(value), initial=1e-30)
+        np.testing.assert_allclose(actual[path], value, rtol=0, atol=rtol * scale, err_msg=path)
+        compared += 1
+    assert compared
