@@ -1,0 +1,305 @@
+"""The SSD scan: golden vectors, oracle parity, resets, splits, gradients, error messages."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drama_jax.ssd import segment_index, ssd, ssd_step
+
+GOLDEN = (
+    "ssd_L1",
+    "ssd_L7",
+    "ssd_L64_g2",
+    "ssd_L64_xs",
+    "ssd_L64_init_seg",
+    "ssd_L128_seg",
+    "ssd_L513",
+    "ssd_L200_n128_g2_init",
+)
+INPUTS = ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "init")
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def _outputs_and_gradients(inputs, segment_ids, w, w2, implementation, chunk_size):
+    """y, final state and the gradients of sum(y * w) + sum(final * w2), as the golden files define them."""
+
+    def loss(inputs):
+        delta = jax.nn.softplus(inputs["dt"] + inputs["dt_bias"])
+        y, final = ssd(
+            inputs["x"],
+            delta,
+            -jnp.exp(inputs["A_log"]),
+            inputs["B"],
+            inputs["C"],
+            D=inputs["D"],
+            initial_state=inputs.get("init"),
+            segment_ids=segment_ids,
+            implementation=implementation,
+            chunk_size=chunk_size,
+        )
+        return jnp.sum(y * w) + jnp.sum(final * w2), (y, final)
+
+    gradients, (y, final) = jax.grad(loss, has_aux=True)(inputs)
+    return {"y": y, "final": final} | {f"grad_{name}": value for name, value in gradients.items()}
+
+
+def _run_golden(data, dtype, implementation, chunk_size):
+    inputs = {name: jnp.asarray(data[name], dtype) for name in INPUTS if name in data}
+    segment_ids = jnp.asarray(data["seq_idx"]) if "seq_idx" in data else None
+    w, w2 = jnp.asarray(data["w"], dtype), jnp.asarray(data["w2"], dtype)
+    return _outputs_and_gradients(inputs, segment_ids, w, w2, implementation, chunk_size)
+
+
+def _assert_close(actual, expected, relative):
+    """Within `relative` of the expected array's largest magnitude."""
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=relative * scale)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_chunked_matches_golden_float64(name, golden, x64):
+    data = golden(name)
+    results = _run_golden(data, jnp.float64, "chunked", 64)
+    assert {f"grad_{key}" for key in INPUTS if key in data} < set(results)
+    for key, value in results.items():
+        assert value.dtype == jnp.float64
+        if data[key].dtype == np.float64:
+            np.testing.assert_allclose(np.asarray(value), data[key], rtol=1e-9, atol=1e-12)
+        else:
+            _assert_close(value, data[key], 2e-7)
+
+
+@pytest.mark.parametrize("name", ["ssd_L7", "ssd_L64_init_seg"])
+def test_reference_matches_golden_float64(name, golden, x64):
+    data = golden(name)
+    for key, value in _run_golden(data, jnp.float64, "reference", 64).items():
+        _assert_close(value, data[key], 2e-7 if data[key].dtype == np.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_chunked_float32_is_within_1e_5_of_scale(name, golden):
+    data = golden(name)
+    for key, value in _run_golden(data, jnp.float32, "chunked", 64).items():
+        assert value.dtype == jnp.float32
+        _assert_close(value, data[key], 1e-5)
+
+
+def test_dropped_initial_state_has_zero_gradient(golden, x64):
+    results = _run_golden(golden("ssd_L64_init_seg"), jnp.float64, "chunked", 16)
+    assert np.all(np.asarray(results["grad_init"][0]) == 0)
+    assert np.any(np.asarray(results["grad_init"][1]) != 0)
+
+
+def _random(seed, batch=2, time=13, heads=2, head_dim=4, groups=1, state_dim=3, dtype=np.float64, max_dt=1.0):
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.normal(size=(batch, time, heads, head_dim)).astype(dtype),
+        "dt": rng.uniform(0.001, max_dt, size=(batch, time, heads)).astype(dtype),
+        "A": -rng.uniform(0.5, 2.0, size=heads).astype(dtype),
+        "B": rng.normal(size=(batch, time, groups, state_dim)).astype(dtype),
+        "C": rng.normal(size=(batch, time, groups, state_dim)).astype(dtype),
+        "D": rng.normal(size=heads).astype(dtype),
+        "initial_state": rng.normal(size=(batch, heads, head_dim, state_dim)).astype(dtype),
+    }
+
+
+def _jax(inputs):
+    return {name: jnp.asarray(value) for name, value in inputs.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
+def _ssd(inputs, segment_ids=None, implementation=None, chunk_size=64):
+    return ssd(**inputs, segment_ids=segment_ids, implementation=implementation, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 13, 256])
+def test_chunk_size_changes_nothing(chunk_size, x64):
+    inputs = _jax(_random(0))
+    starts = jnp.zeros((2, 13), jnp.int32).at[0, 4].set(1).at[1, 7].set(1)
+    expected = _ssd(inputs, jnp.cumsum(starts, 1), implementation="reference")
+    actual = _ssd(inputs, jnp.cumsum(starts, 1), chunk_size=chunk_size)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-11, atol=1e-12)
+
+
+RESETS = {
+    "none": [],
+    "first step": [0],
+    "inside a chunk": [6],
+    "first step of a chunk": [4],
+    "last step of a chunk": [3],
+    "last step": [12],
+    "two in a chunk": [5, 6],
+    "every step": list(range(13)),
+}
+
+
+@pytest.mark.parametrize("where", RESETS)
+def test_a_reset_equals_separate_sequences(where, x64):
+    inputs = _jax(_random(1))
+    starts = np.zeros((2, 13), np.int32)
+    starts[:, RESETS[where]] = 1
+    y, final = _ssd(inputs, jnp.asarray(np.cumsum(starts, 1)), chunk_size=4)
+
+    # Independent of the segment code: run each stretch on its own.
+    edges = [0, *[r for r in RESETS[where] if r > 0], 13]
+    state = inputs["initial_state"] * (0 if 0 in RESETS[where] else 1)
+    pieces = []
+    with jax.disable_jit():
+        for begin, end in zip(edges, edges[1:], strict=False):
+            for t in range(begin, end):
+                now = [inputs[name][:, t] for name in ("x", "dt")]
+                later = [inputs[name][:, t] for name in ("B", "C")]
+                y_t, state = ssd_step(state, *now, inputs["A"], *later, D=inputs["D"])
+                pieces.append(y_t)
+            last, state = state, jnp.zeros_like(state)
+    np.testing.assert_allclose(y, jnp.stack(pieces, 1), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(final, last, rtol=1e-11, atol=1e-12)
+
+
+def test_a_returning_label_is_a_new_segment():
+    index = segment_index(jnp.array([[0, 0, 1, 1, 0, 0], [3, 3, 3, 2, 2, 5]]))
+    np.testing.assert_array_equal(index, [[0, 0, 1, 1, 2, 2], [1, 1, 1, 2, 2, 3]])
+
+
+def test_rows_are_independent():
+    inputs = _random(2, batch=3, dtype=np.float32)
+    before, _ = _ssd(_jax(inputs), chunk_size=4)
+    inputs["x"][1] += 1.0
+    inputs["dt"][1] *= 0.5
+    after, _ = _ssd(_jax(inputs), chunk_size=4)
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[2], after[2])
+    assert np.abs(before[1] - after[1]).max() > 0.1
+
+
+def test_output_is_causal():
+    inputs = _random(3, dtype=np.float32)
+    before, _ = _ssd(_jax(inputs), chunk_size=4)
+    for name in ("x", "B", "C"):
+        inputs[name][:, 6:] = 100.0
+    after, _ = _ssd(_jax(inputs), chunk_size=4)
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert np.abs(before[:, 6:] - after[:, 6:]).max() > 1
+
+
+def test_vmap_equals_loop(x64):
+    seeds = [_jax(_random(seed)) for seed in range(3)]
+    ids = jnp.cumsum(jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 2, 13))), axis=-1)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
+    batched = jax.vmap(lambda inputs, i: _ssd(inputs, i, chunk_size=4))(stacked, ids)
+    for n, inputs in enumerate(seeds):
+        for a, e in zip(batched, _ssd(inputs, ids[n], chunk_size=4), strict=True):
+            np.testing.assert_allclose(a[n], e, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_gradients_are_finite_under_strong_decay(resets):
+    # dt * |A| reaches 20 a step and 1000 over a chunk: exp of the unmasked or negated sums overflows float32.
+    inputs = _jax(_random(4, time=128, dtype=np.float32, max_dt=10.0))
+    ids = jnp.cumsum(jnp.zeros((2, 128), jnp.int32).at[:, ::9].set(1), 1) if resets else None
+
+    def loss(inputs, implementation):
+        y, final = _ssd(inputs, ids, implementation=implementation)
+        return jnp.sum(jnp.square(y)) + jnp.sum(jnp.square(final))
+
+    actual = jax.jit(jax.grad(loss), static_argnums=1)(inputs, "chunked")
+    expected = jax.jit(jax.grad(loss), static_argnums=1)(inputs, "reference")
+    for name in inputs:
+        _assert_close(actual[name], np.asarray(expected[name]), 1e-5)
+
+
+def test_float32_decays_are_exact_to_rounding():
+    # Without the compensated sum the largest error here is 3e-6 of the scale.
+    inputs = _random(5, batch=4, time=64, state_dim=1, max_dt=0.8, dtype=np.float32)
+    inputs["B"][:] = inputs["C"][:] = 1.0
+    inputs["D"][:] = 0.0
+    y, _ = _ssd(_jax(inputs))
+    x, dt = inputs["x"].astype(np.float64), inputs["dt"].astype(np.float64)
+    state, exact = inputs["initial_state"][..., 0].astype(np.float64), []
+    for t in range(64):
+        state = np.exp(dt[:, t] * inputs["A"])[..., None] * state + dt[:, t, :, None] * x[:, t]
+        exact.append(state)
+    _assert_close(y, np.stack(exact, 1), 4e-7)
+
+
+def test_bfloat16_inputs_keep_a_float32_state():
+    exact = _random(6, time=40, groups=2, state_dim=16)
+    inputs = _jax({name: value.astype(np.float32) for name, value in exact.items()})
+    low = inputs | {name: inputs[name].astype(jnp.bfloat16) for name in ("x", "B", "C")}
+    y, final = _ssd(low, chunk_size=16)
+    expected_y, expected_final = _ssd(inputs, chunk_size=16)
+    assert y.dtype == jnp.bfloat16 and final.dtype == jnp.float32
+    _assert_close(y.astype(jnp.float32), np.asarray(expected_y), 1e-2)
+    _assert_close(final, np.asarray(expected_final), 1e-2)
+
+
+def test_step_equals_scan_and_keeps_the_state_dtype():
+    inputs = _jax(_random(7, groups=2, dtype=np.float32))
+    y, final = _ssd(inputs, implementation="reference")
+    state = inputs["initial_state"]
+    step = jax.jit(ssd_step)
+    for t in range(13):
+        now = [inputs[name][:, t] for name in ("x", "dt")]
+        y_t, state = step(state, *now, inputs["A"], inputs["B"][:, t], inputs["C"][:, t], D=inputs["D"])
+        np.testing.assert_allclose(y_t, y[:, t], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state, final, rtol=1e-5, atol=1e-6)
+    _, low = step(state.astype(jnp.bfloat16), *now, inputs["A"], inputs["B"][:, 0], inputs["C"][:, 0])
+    assert low.dtype == jnp.bfloat16
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    split=st.sampled_from([1, 4, 8]),
+    chunk_size=st.sampled_from([2, 4]),
+    reset_rate=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_a_split_sequence_equals_the_whole(split, chunk_size, reset_rate, seed):
+    inputs = _random(seed, time=9, groups=2)
+    ids = np.cumsum(np.random.default_rng(seed).random((2, 9)) < reset_rate, 1)
+    with jax.enable_x64(True):
+        whole = _ssd(_jax(inputs), jnp.asarray(ids), implementation="reference")
+        along_time = ("x", "dt", "B", "C")
+        head = inputs | {name: inputs[name][:, :split] for name in along_time}
+        tail = inputs | {name: inputs[name][:, split:] for name in along_time}
+        y1, state = _ssd(_jax(head), jnp.asarray(ids[:, :split]), chunk_size=chunk_size)
+        tail_ids = ids[:, split:] - ids[:, split - 1 : split]
+        y2, final = _ssd(_jax(tail) | {"initial_state": state}, jnp.asarray(tail_ids), chunk_size=chunk_size)
+        np.testing.assert_allclose(jnp.concatenate([y1, y2], 1), whole[0], rtol=1e-10, atol=1e-11)
+        np.testing.assert_allclose(final, whole[1], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "pallas"}, "'pallas' is not available yet"),
+        ({"implementation": "magic"}, "unknown implementation 'magic'"),
+        ({"dt": jnp.ones((2, 12, 2))}, r"dt must have shape \(2, 13, 2\)"),
+        ({"A": jnp.ones(3)}, r"A must have shape \(2,\)"),
+        ({"C": jnp.ones((2, 13, 2, 3))}, r"C must have shape \(2, 13, 1, 3\)"),
+        ({"initial_state": jnp.ones((2, 2, 3, 4))}, r"initial_state must have shape \(2, 2, 4, 3\)"),
+        ({"segment_ids": jnp.ones((2, 13), jnp.float32)}, "segment_ids must be integers"),
+        ({"B": jnp.ones((2, 13, 1, 3), jnp.bfloat16)}, "x, B and C must share one dtype"),
+        ({"dt": jnp.ones((2, 13, 2), jnp.int32)}, "floating point, got int32"),
+        ({"B": jnp.ones((2, 13, 3, 3)), "C": jnp.ones((2, 13, 3, 3))}, "must divide the number of heads"),
+        ({"x": jnp.ones((2, 13, 2))}, r"x must be \[B, T, H, P\]"),
+        ({"chunk_size": 0}, "chunk_size >= 1"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ssd(**(_jax(_random(8, dtype=np.float32)) | change))
+    assert "\n" not in str(error.value)
+
+
+def test_step_checks_its_arguments():
+    with pytest.raises(ValueError, match="x must be"):
+        ssd_step(*[jnp.ones((2, 2))] * 6)
