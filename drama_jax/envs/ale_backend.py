@@ -1,0 +1,185 @@
+"""Atari through ale-py, one emulator after the other: zero no-ops at a reset, and a state that can be saved.
+
+ale-py holds Python's global lock while it emulates, so threads would not help.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from drama_jax.config import AtariConfig, ConfigError
+from drama_jax.envs.base import Observation, check_actions
+from drama_jax.envs.games import rom_name
+from drama_jax.envs.resize import AreaResize
+
+
+class AleEnv:
+    """E copies of one game; implements `base.Env`. See `atari.make_atari` for the arguments."""
+
+    def __init__(self, game: str, config: AtariConfig, *, num_envs: int, image_size: int, seed: int) -> None:
+        self.num_envs = num_envs
+        self.image_shape = (image_size, image_size, 3)
+        self._config = config
+        ale_py, rom = _import_ale(game)
+        self._ale_py = ale_py
+        self._emulators = [_Emulator(ale_py, rom, config, image_size, seed + i) for i in range(num_envs)]
+        self.num_actions = len(self._emulators[0].actions)
+        # What a checkpoint must agree on to be played on here.
+        self._identity = {"game": game, "num_envs": num_envs, "image_size": image_size, "rules": repr(config)}
+        self._observation: Observation | None = None
+
+    def reset(self) -> Observation:
+        """See `base.Env`."""
+        return self._stack([emulator.reset() for emulator in self._emulators])
+
+    def step(self, actions: np.ndarray) -> Observation:
+        """See `base.Env`."""
+        if self._observation is None:
+            raise RuntimeError("call reset() before step()")
+        actions = check_actions(actions, self.num_envs, self.num_actions)
+        ended = self._observation.last
+        return self._stack(
+            [
+                emulator.reset() if over else emulator.step(int(action))
+                for emulator, action, over in zip(self._emulators, actions, ended)
+            ]
+        )
+
+    def close(self) -> None:
+        """See `base.Env`."""
+        self._emulators = []
+        self._observation = None
+
+    def get_state(self) -> bytes:
+        """Everything that later steps depend on, and the last observation; without pickled objects."""
+        if self._observation is None:
+            raise RuntimeError("call reset() before get_state()")
+        arrays = dict(zip(self._observation._fields, self._observation))
+        for i, emulator in enumerate(self._emulators):
+            arrays[f"emulator{i}"] = np.frombuffer(emulator.get_state(), np.uint8)
+        header = {"identity": self._identity, "emulators": [emulator.variables() for emulator in self._emulators]}
+        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        return file.getvalue()
+
+    def set_state(self, state: bytes) -> Observation:
+        """Returns to the state `get_state` gave, in this or in another process.
+
+        Returns:
+          The observation that state was saved after.
+
+        Raises:
+          ConfigError: the state belongs to another game, or to other settings.
+        """
+        with np.load(io.BytesIO(state), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays["header"].tobytes())
+        if header["identity"] != self._identity:
+            raise ConfigError(
+                f"the saved environment is {header['identity']}, this one is {self._identity}: use the saved settings"
+            )
+        for i, (emulator, variables) in enumerate(zip(self._emulators, header["emulators"])):
+            emulator.set_state(self._ale_py, arrays[f"emulator{i}"].tobytes(), variables)
+        self._observation = Observation(**{name: arrays[name] for name in Observation._fields})
+        return self._observation
+
+    def _stack(self, rows: list[Observation]) -> Observation:
+        self._observation = Observation(*(np.stack(column) for column in zip(*rows)))
+        return self._observation
+
+
+class _Emulator:
+    """One game; its observations are rows of `Observation`."""
+
+    def __init__(self, ale_py: Any, rom: str, config: AtariConfig, image_size: int, seed: int) -> None:
+        self._config = config
+        self._rng = np.random.default_rng(seed)
+        self._ale = ale_py.ALEInterface()
+        self._ale.setInt("random_seed", seed)
+        self._ale.setFloat("repeat_action_probability", config.sticky_actions)
+        self._ale.loadROM(rom)
+        full = config.full_action_space
+        self.actions = self._ale.getLegalActionSet() if full else self._ale.getMinimalActionSet()
+        self._noop = ale_py.Action.NOOP
+        height, width = self._ale.getScreenDims()
+        self._resize = AreaResize(height, width, image_size)
+        self._screens = np.zeros((2, height, width, 3), np.uint8)  # the last two frames of a step
+        self._lives = 0
+        self._steps = 0
+
+    def reset(self) -> Observation:
+        """Starts a game and plays 1..noop_max no-op frames (none if noop_max is 0)."""
+        self._ale.reset_game()
+        noops = int(self._rng.integers(1, self._config.noop_max + 1)) if self._config.noop_max else 0
+        for _ in range(noops):
+            self._ale.act(self._noop)
+            if self._ale.game_over():
+                self._ale.reset_game()
+        self._ale.getScreenRGB(self._screens[0])
+        self._lives = self._ale.lives()
+        self._steps = 0
+        return self._row(self._screens[0], reward=0, first=True)
+
+    def step(self, action: int) -> Observation:
+        """Repeats an action for `frame_skip` frames, or until the game is over; a lost life does not cut it short."""
+        reward = 0
+        played = 0
+        for frame in range(self._config.frame_skip):
+            reward += self._ale.act(self.actions[action])
+            over = self._ale.game_over()
+            # The maximum is over the last two frames; a game over before these shows the frame it ended on.
+            if over or frame >= self._config.frame_skip - 2:
+                self._ale.getScreenRGB(self._screens[played % 2])
+                played += 1
+            if over:
+                break
+        self._steps += 1
+        image = np.maximum(self._screens[0], self._screens[1]) if played == 2 else self._screens[0]
+        return self._row(image, reward, first=False)
+
+    def get_state(self) -> bytes:
+        """The emulator's own state, its random numbers included."""
+        state: bytes = self._ale.cloneState(include_rng=True).__getstate__()
+        return state
+
+    def variables(self) -> dict[str, Any]:
+        """What this class keeps between steps, as JSON."""
+        return {"rng": self._rng.bit_generator.state, "lives": self._lives, "steps": self._steps}
+
+    def set_state(self, ale_py: Any, state: bytes, variables: dict[str, Any]) -> None:
+        """Restores `get_state()` and `variables()`."""
+        self._ale.restoreState(ale_py.ALEState(state))
+        self._rng.bit_generator.state = variables["rng"]
+        self._lives = variables["lives"]
+        self._steps = variables["steps"]
+
+    def _row(self, image: np.ndarray, reward: int, *, first: bool) -> Observation:
+        over = self._ale.game_over()
+        lives = self._ale.lives()
+        terminal = over or (self._config.life_loss_is_terminal and lives < self._lives)
+        truncated = self._steps >= self._config.max_episode_steps and not over
+        self._lives = lives
+        return Observation(
+            frames=self._resize(image),
+            rewards=np.float32(reward),
+            terminals=np.bool_(terminal),
+            last=np.bool_(over or truncated),
+            truncated=np.bool_(truncated),
+            first=np.bool_(first),
+            lives=np.int32(lives),
+        )
+
+
+def _import_ale(game: str) -> tuple[Any, str]:
+    try:
+        import ale_py
+        from ale_py import roms
+    except ModuleNotFoundError as error:
+        raise ConfigError("ale-py is not installed: run pip install 'drama_jax[ale]'") from error
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
+    return ale_py, str(roms.get_rom_path(rom_name(game)))

@@ -1,0 +1,64 @@
+"""The protocol of vectorised environments that live outside JAX.
+
+E is the number of parallel environments; H, W, C are frame height, width and channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Observation(NamedTuple):
+    """One row per environment: what `reset` or `step` brought.
+
+    `rewards`, `terminals`, `last` and `truncated` belong to the action just played, `frames` is what it led to. A row
+    with `first` set begins an episode: its frame follows no counted action, its reward is 0 and its flags are unset.
+    """
+
+    frames: np.ndarray  # [E, H, W, C] uint8
+    rewards: np.ndarray  # [E] float32, raw score gained
+    terminals: np.ndarray  # [E] bool, the episode is over or (if so configured) a life was lost; never a truncation
+    last: np.ndarray  # [E] bool, the episode ended here, over or truncated
+    truncated: np.ndarray  # [E] bool, the episode was cut off at its step limit
+    first: np.ndarray  # [E] bool, this frame is the first of an episode
+    lives: np.ndarray  # [E] int32, lives left; 0 throughout in games without lives
+
+
+class Env(Protocol):
+    """E environments stepped together.
+
+    After a row with `last` set, the next `step` ignores that environment's action and returns its reset row (`first`
+    set). That row is no agent step: it is not counted, and no transition with the ignored action is stored.
+    """
+
+    num_envs: int
+    num_actions: int
+    image_shape: tuple[int, int, int]
+
+    def reset(self) -> Observation:
+        """Starts a new episode everywhere; every row has `first` set."""
+        ...
+
+    def step(self, actions: np.ndarray) -> Observation:
+        """Plays `actions` ([E] integers in [0, num_actions)).
+
+        Raises:
+          ValueError: wrong shape or type, or an action out of range; nothing was played.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees the emulators; the environment cannot be used afterwards."""
+        ...
+
+
+def check_actions(actions: np.ndarray, num_envs: int, num_actions: int) -> np.ndarray:
+    """`actions` as [E] int32, or ValueError: emulators read out of bounds, or abort, where these checks fail."""
+    array = np.asarray(actions)
+    if array.shape != (num_envs,) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"actions must be {num_envs} integers of shape ({num_envs},), got {array.dtype} {array.shape}")
+    if array.min() < 0 or array.max() >= num_actions:
+        raise ValueError(f"actions must lie in [0, {num_actions}), got {array.tolist()}")
+    return array.astype(np.int32)
