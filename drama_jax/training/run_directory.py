@@ -1,0 +1,91 @@
+"""The directory of a run: runs/<game>/<preset>/seed<k>-<time>/.
+
+config.json      the resolved configuration, the command, versions, device, commit
+metrics.jsonl    one line per logging interval and per episode
+tensorboard/     the same as TensorBoard events
+images/          reconstructions and imagined rollouts
+checkpoints/     see `checkpoint`
+scores.json      written at the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from drama_jax.config import ConfigError, RunConfig
+from drama_jax.training import scores
+
+_PACKAGES = ("drama_jax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "orbax-checkpoint", "envpool", "ale-py")
+
+
+def check(logdir: pathlib.Path) -> None:
+    """Raises a ConfigError if a run directory cannot be created below `logdir`; creates nothing."""
+    existing = next(path for path in (logdir, *logdir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--logdir {logdir}: {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--logdir {logdir}: {existing} cannot be written to; name a directory that can")
+
+
+def create(logdir: pathlib.Path, game: str, preset: str, config: RunConfig) -> pathlib.Path:
+    """Creates the directory of a new run and writes its config.json.
+
+    Raises:
+      ConfigError: if it cannot be written.
+    """
+    name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    parent = logdir / game / preset
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        directory = _new_directory(parent, name)
+        scores.write(directory / "config.json", describe(game, preset, config))
+    except OSError as error:
+        raise ConfigError(f"--logdir {logdir}: cannot be written to ({error.strerror or error})") from error
+    return directory
+
+
+def _new_directory(parent: pathlib.Path, name: str) -> pathlib.Path:
+    """Two runs started in the same second get different directories."""
+    for count in range(1, 1000):
+        path = parent / (name if count == 1 else f"{name}-{count}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise OSError(f"{parent / name} and 999 more exist")
+
+
+def describe(game: str, preset: str, config: RunConfig) -> dict[str, Any]:
+    """What reproduces a run: game, preset, resolved configuration, versions, device, commit."""
+    return {"game": game, "preset": preset, "config": dataclasses.asdict(config), **environment()}
+
+
+def environment() -> Mapping[str, Any]:
+    """Versions of Python and of the packages that matter, the device, and the commit of the source if it is known."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "device": jax.devices()[0].device_kind, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

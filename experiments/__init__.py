@@ -1,0 +1,1 @@
+"""Entry points; run them from the repository's root, for instance `python -m experiments.atari100k --help`."""

@@ -1,0 +1,162 @@
+"""The command line of a run: a few plain flags, a preset, and a dotted flag for every field of the configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import tyro
+
+from drama_jax.config import AgentConfig, AtariConfig, ConfigError, EvaluationConfig, LoggingConfig, RunConfig, preset
+
+_PRESETS = ("tiny", "xs", "s", "reference")
+_DESCRIPTION = """Trains Drama on one Atari game and evaluates it. Steps are agent steps: 1 step = 4 emulator frames.
+
+Every other setting has a dotted flag, applied over the preset, for example
+--agent.replay.tau 20, --atari.sticky-actions 0.25, --logging.no-tensorboard.
+--help-all lists them with the chosen preset's values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags that most runs need."""
+
+    game: str
+    """Atari game, for example Breakout or MsPacman."""
+    preset: Literal["tiny", "xs", "s", "reference"]
+    """tiny: minutes on a laptop CPU. xs: the paper's 7 M-parameter model. s: twice the autoencoder channels.
+    reference: xs with the quirks of the released PyTorch code."""
+    steps: int
+    """Agent steps to train for."""
+    seed: int
+    """Seed of everything random."""
+    logdir: pathlib.Path
+    """Runs go to LOGDIR/GAME/PRESET/seedK-TIME."""
+    env_backend: Literal["envpool", "ale"]
+    """Emulator: EnvPool, or ale-py (pip install 'drama_jax[ale]')."""
+    eval_episodes: int
+    """Episodes played to their end after training; 0 skips the evaluation."""
+    sampler: Literal["dfs", "uniform"]
+    """How the replay is sampled: dynamic frequency-based sampling, or uniformly."""
+    compilation_cache: pathlib.Path | None
+    """Where compiled programs are kept for the next run; None to keep none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AllOptions(Options):
+    """The flags that most runs need, and every other field."""
+
+    agent: AgentConfig
+    atari: AtariConfig
+    evaluation: EvaluationConfig
+    logging: LoggingConfig
+
+
+def parse(arguments: Sequence[str], program: str) -> tuple[Options, RunConfig]:
+    """The options and the resolved configuration: the preset, then dotted flags, then plain flags.
+
+    Raises:
+      ConfigError: for any mistake in `arguments`, with one line that names the flag.
+      SystemExit: with code 0 after --help or --help-all.
+    """
+    base = preset(_chosen_preset(arguments))
+    if "--help-all" in arguments:
+        arguments = ["--help"]
+    elif "--help" in arguments or "-h" in arguments:
+        tyro.cli(Options, args=["--help"], prog=program, description=_DESCRIPTION, default=_defaults(Options, base))
+    options = _parse(arguments, program, base)
+    try:
+        return options, _resolve(options, base)
+    except ConfigError as error:
+        raise ConfigError(with_flags(str(error))) from None
+
+
+def _chosen_preset(arguments: Sequence[str]) -> str:
+    """The preset named on the command line, before anything else is parsed, because it decides all defaults."""
+    name = "xs"
+    for index, argument in enumerate(arguments):
+        if argument == "--preset" and index + 1 < len(arguments):
+            name = arguments[index + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name not in _PRESETS:
+        raise ConfigError(f"--preset: unknown preset {name!r}; accepted: {', '.join(_PRESETS)}")
+    return name
+
+
+def _defaults(kind: type[Any], base: RunConfig) -> Any:
+    """The preset's values, as the defaults of the flags."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drama_jax"
+    values = {
+        "game": tyro.MISSING,
+        "preset": "xs",
+        "steps": base.steps,
+        "seed": base.seed,
+        "logdir": pathlib.Path("runs"),
+        "env_backend": base.atari.backend,
+        "eval_episodes": base.evaluation.episodes,
+        "sampler": base.agent.replay.sampler,
+        "compilation_cache": cache,
+        "agent": base.agent,
+        "atari": base.atari,
+        "evaluation": base.evaluation,
+        "logging": base.logging,
+    }
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+
+
+def _parse(arguments: Sequence[str], program: str, base: RunConfig) -> AllOptions:
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(AllOptions, args=list(arguments), prog=program, default=_defaults(AllOptions, base))
+    except SystemExit as stop:
+        if not stop.code:
+            sys.stderr.write(messages.getvalue())
+            raise
+    raise ConfigError(with_flags(_one_line(messages.getvalue())))
+
+
+def _resolve(options: AllOptions, base: RunConfig) -> RunConfig:
+    """A plain flag that differs from the preset wins over its dotted twin."""
+    agent, atari, evaluation = options.agent, options.atari, options.evaluation
+    if options.sampler != base.agent.replay.sampler:
+        agent = dataclasses.replace(agent, replay=dataclasses.replace(agent.replay, sampler=options.sampler))
+    if options.env_backend != base.atari.backend:
+        atari = dataclasses.replace(atari, backend=options.env_backend)
+    if options.eval_episodes != base.evaluation.episodes:
+        evaluation = dataclasses.replace(evaluation, episodes=options.eval_episodes)
+    return RunConfig(agent, atari, evaluation, options.logging, steps=options.steps, seed=options.seed)
+
+
+def _one_line(box: str) -> str:
+    """What tyro prints in a box, as one line: the error, and the flags it thinks were meant."""
+    lines = [line.strip("│╭╰╮╯ ") for line in box.splitlines()]
+    sections = "\n".join(line if set(line) - set("─") else "---" for line in lines[1:]).split("---")
+    error = " ".join(sections[0].split())
+    meant = re.findall(r"^--[\w.-]+", "\n".join(sections[1:]), re.MULTILINE) if "Perhaps" in box else []
+    return f"{error}; perhaps {' or '.join(meant)}" if meant else f"{error}; see --help"
+
+
+def with_flags(message: str) -> str:
+    """Names the flag where a message names a field of the configuration."""
+    if message.startswith("Missing from") and "--game" in message:
+        return "--game is missing; name an Atari game, for example --game Breakout"
+    message = message.replace("ReplayConfig.", "agent.replay.").replace(
+        "raise warmup_steps", "raise --agent.warmup-steps"
+    )
+    field = re.match(r"(?:Error parsing (?P<group>[\w.-]+): )?(?P<owner>[\w.]+)\.(?P<name>\w+)", message)
+    if field:
+        # A group's own checks name its class; a check across groups names another one.
+        owner = field["group"] if field["group"] and field["owner"].endswith("Config") else field["owner"]
+        owner = owner.replace("EvaluationConfig", "evaluation")
+        flag = f"--{owner}.{field['name']}".replace("_", "-").replace("lambda-", "lambda_")
+        message = flag + message[field.end() :]
+    return re.sub(r"^(steps|seed) ", r"--\1 ", message.replace("--evaluation.episodes", "--eval-episodes"))
