@@ -144,7 +144,7 @@ def test_vmap_equals_loop():
     keys = jax.random.split(jax.random.key(1), 4)
     logits = -jnp.asarray(np.random.default_rng(1).integers(0, 50, (4, N)), jnp.float32) / 10
     sizes = jnp.array([5, 9, 17, N])
-    stacked = jax.vmap(lambda k, l, s: dfs.sample(k, l, s, 5))(keys, logits, sizes)
+    stacked = jax.vmap(lambda key, row, size: dfs.sample(key, row, size, 5))(keys, logits, sizes)
     for i in range(4):
         np.testing.assert_array_equal(stacked[i], dfs.sample(keys[i], logits[i], sizes[i], 5))
 

@@ -46,7 +46,7 @@ def canonical_game(name: str) -> str:
 
 
 def rom_name(game: str) -> str:
-    """The emulator's snake_case name of a game given in CamelCase: MsPacman -> ms_pacman, TicTacToe3d -> tic_tac_toe_3d."""
+    """The emulator's snake_case name of a CamelCase game: MsPacman -> ms_pacman, TicTacToe3d -> tic_tac_toe_3d."""
     return re.sub(r"(?<=.)(?=[A-Z]|\d+d)", "_", game).lower()
 
 
