@@ -1,0 +1,210 @@
+"""The behaviour: an actor and a critic trained on imagined rollouts (Drama, arXiv 2410.08893, section 2.3).
+
+B imagined rollouts, L imagined steps, F = S + D features, A actions. Rollout arrays are aligned so that
+`actions[:, t]` is taken in `features[:, t]`, and `rewards[:, t]`, `terminations[:, t]` follow it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from drama_jax import distributions, optim
+from drama_jax.behaviour import networks, normalisers
+from drama_jax.behaviour.returns import lambda_returns, survival
+from drama_jax.config import BehaviourConfig, Fidelity
+from drama_jax.precision import at_least_float32
+
+Params = Any
+
+
+@flax.struct.dataclass
+class BehaviourState:
+    """Everything behaviour learning carries from one update to the next."""
+
+    params: dict[str, Params]  # {"actor", "critic"}: f32 kernels [in, out], biases and norm scales [out]
+    slow_critic: Params  # like params["critic"]: its moving average
+    opt_state: optax.OptState  # of optim.make_optimizer, over actor and critic together
+    normaliser: normalisers.InputNormaliser  # statistics of the actor's input
+    return_scale: normalisers.ReturnScale  # percentiles of the lambda-returns
+
+
+@flax.struct.dataclass
+class LossTerms:
+    """What `loss` computes on the way; scalars are means over the B * L steps."""
+
+    policy_loss: jax.Array  # [] f32
+    value_loss: jax.Array  # [] f32, cross-entropy with the online critic's returns
+    slow_value_loss: jax.Array  # [] f32, cross-entropy with the slow critic's returns
+    entropy: jax.Array  # [] f32, nats
+    logits: jax.Array  # [B, L, A] f32, of the policy
+    values: jax.Array  # [B, L+1] f32
+    slow_values: jax.Array  # [B, L+1] f32
+    returns: jax.Array  # [B, L] f32, from `values`
+    slow_returns: jax.Array  # [B, L] f32, from `slow_values`
+    return_scale: normalisers.ReturnScale  # moved by `returns`
+
+
+def init(key: jax.Array, config: BehaviourConfig, feature_size: int, num_actions: int) -> BehaviourState:
+    """A fresh behaviour for features of size F and A actions. The key is consumed."""
+    dtype = at_least_float32(config.compute_dtype)
+    actor_key, critic_key = jax.random.split(key)
+    features = jnp.zeros((1, feature_size), dtype)
+    params = {
+        "actor": networks.actor(config, num_actions).init(actor_key, features)["params"],
+        "critic": networks.critic(config).init(critic_key, features)["params"],
+    }
+    return BehaviourState(
+        params=params,
+        # A copy, not the same buffers: a donated state must not hold one array twice.
+        slow_critic=jax.tree.map(jnp.copy, params["critic"]),
+        opt_state=optim.make_optimizer(config.optimizer).init(params),
+        normaliser=normalisers.init_input(feature_size, dtype),
+        return_scale=normalisers.init_return_scale(dtype),
+    )
+
+
+def policy_logits(
+    config: BehaviourConfig, params: dict[str, Params], normaliser: normalisers.InputNormaliser, features: jax.Array
+) -> jax.Array:
+    """Policy logits of features [..., F] -> [..., A] in at least float32. No statistic moves."""
+    num_actions = params["actor"]["output"]["bias"].shape[-1]
+    inputs = normalisers.apply(normaliser, features)
+    return networks.actor(config, num_actions).apply({"params": params["actor"]}, inputs)
+
+
+def value_logits(config: BehaviourConfig, critic: Params, features: jax.Array) -> jax.Array:
+    """Symlog two-hot logits of the value of features [..., F] -> [..., num_bins] in at least float32."""
+    return networks.critic(config).apply({"params": critic}, features)
+
+
+def loss(
+    config: BehaviourConfig,
+    fidelity: Fidelity,
+    params: dict[str, Params],
+    state: BehaviourState,
+    features: jax.Array,
+    actions: jax.Array,
+    rewards: jax.Array,
+    terminations: jax.Array,
+    *,
+    entropy_scale: float | jax.Array | None = None,
+) -> tuple[jax.Array, LossTerms]:
+    """Policy gradient, two value cross-entropies and an entropy bonus, as one scalar.
+
+    The advantage (G_t - V_t) / max(1, spread of returns) is a constant for the policy gradient, and the critic
+    learns the returns computed with its own values and, with equal weight, those computed with the slow critic's.
+
+    Args:
+      config: sizes and coefficients.
+      fidelity: `bootstrap_next_value` and `weight_by_survival` are read here.
+      params: what the loss is differentiated by; takes the place of `state.params`.
+      state: slow critic, input statistics (moved by this batch already) and return scale (not yet moved).
+      features: [B, L+1, F], the last column only to bootstrap from.
+      actions: [B, L] i32.
+      rewards: [B, L].
+      terminations: [B, L] bool.
+      entropy_scale: overrides `config.entropy_scale`; may be a traced scalar.
+
+    Returns:
+      (loss [], its terms).
+    """
+    logits = policy_logits(config, params, state.normaliser, features[:, :-1])
+    raw_values = value_logits(config, params["critic"], features)
+    values = distributions.two_hot_decode(jax.lax.stop_gradient(raw_values))
+    slow_values = distributions.two_hot_decode(value_logits(config, state.slow_critic, features))
+
+    rewards = rewards.astype(values.dtype)
+    continues = 1 - terminations.astype(values.dtype)
+    # Online and slow critic side by side: one scan for both returns.
+    returns, slow_returns = lambda_returns(
+        jnp.stack([rewards] * 2),
+        jnp.stack([values, slow_values]),
+        jnp.stack([continues] * 2),
+        config.discount,
+        config.lambda_,
+        bootstrap_next_value=fidelity.bootstrap_next_value,
+    )
+    scale = normalisers.update_return_scale(config, state.return_scale, returns)
+    advantages = (returns - values[:, :-1]) / jnp.maximum(1.0, scale.spread)
+
+    weights = survival(continues) if fidelity.weight_by_survival else jnp.ones_like(continues)
+    chosen = jax.nn.one_hot(actions, logits.shape[-1], dtype=logits.dtype)
+    log_probs = jnp.sum(jax.nn.log_softmax(logits) * chosen, axis=-1)
+    terms = LossTerms(
+        policy_loss=-jnp.mean(weights * log_probs * advantages),
+        value_loss=jnp.mean(weights * distributions.two_hot_loss(raw_values[:, :-1], returns)),
+        slow_value_loss=jnp.mean(weights * distributions.two_hot_loss(raw_values[:, :-1], slow_returns)),
+        entropy=jnp.mean(weights * distributions.categorical_entropy(logits)),
+        logits=logits,
+        values=values,
+        slow_values=slow_values,
+        returns=returns,
+        slow_returns=slow_returns,
+        return_scale=scale,
+    )
+    bonus = jnp.asarray(config.entropy_scale if entropy_scale is None else entropy_scale, logits.dtype)
+    return terms.policy_loss + terms.value_loss + terms.slow_value_loss - bonus * terms.entropy, terms
+
+
+def update(
+    config: BehaviourConfig,
+    fidelity: Fidelity,
+    state: BehaviourState,
+    features: jax.Array,
+    actions: jax.Array,
+    rewards: jax.Array,
+    terminations: jax.Array,
+    *,
+    learning_rate: float | jax.Array | None = None,
+    entropy_scale: float | jax.Array | None = None,
+) -> tuple[BehaviourState, dict[str, jax.Array]]:
+    """One gradient step on imagined rollouts.
+
+    The input statistics move once, with all B * (L+1) rows, before they are used; the slow critic moves last, towards
+    the new critic.
+
+    Args:
+      config: sizes and coefficients.
+      fidelity: which reading of the paper, see `loss`.
+      state: the behaviour before the step.
+      features: [B, L+1, F]; no gradient flows into them.
+      actions: [B, L] i32.
+      rewards: [B, L].
+      terminations: [B, L] bool.
+      learning_rate: overrides `config.optimizer.learning_rate`; may be a traced scalar.
+      entropy_scale: overrides `config.entropy_scale`; may be a traced scalar.
+
+    Returns:
+      (state after the step, metrics: scalars []).
+    """
+    state = state.replace(normaliser=normalisers.update(state.normaliser, features))
+
+    def objective(params: dict[str, Params]) -> tuple[jax.Array, LossTerms]:
+        return loss(
+            config, fidelity, params, state, features, actions, rewards, terminations, entropy_scale=entropy_scale
+        )
+
+    (total, terms), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    optimizer = optim.make_optimizer(config.optimizer, learning_rate)
+    steps, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, steps)
+    decay = config.slow_critic_decay
+    slow_critic = jax.tree.map(lambda slow, new: decay * slow + (1 - decay) * new, state.slow_critic, params["critic"])
+    metrics = {
+        "policy_loss": terms.policy_loss,
+        "value_loss": terms.value_loss,
+        "slow_value_loss": terms.slow_value_loss,
+        "entropy": terms.entropy,
+        "return_scale": terms.return_scale.spread,
+        "total_loss": total,
+        "grad_norm": optim.gradient_norm(opt_state),
+        "imagined_reward": jnp.mean(rewards),
+        "imagined_value": jnp.mean(terms.values),
+    }
+    state = state.replace(params=params, slow_critic=slow_critic, opt_state=opt_state, return_scale=terms.return_scale)
+    return state, {f"actor_critic/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,58 @@
+"""Actor and critic: multilayer perceptrons over the behaviour feature.
+
+Each hidden layer is Dense, RMSNorm (eps 1e-6), SiLU; then one Dense. Matrix products run in the compute dtype, norms
+and outputs in at least float32. F feature size, A actions.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from drama_jax.config import BehaviourConfig
+from drama_jax.precision import at_least_float32
+
+HIDDEN_GAIN = 2**0.5
+OUTPUT_GAIN = 1e-3
+"""A near-uniform policy and values near zero at the start."""
+
+
+class MLP(nn.Module):
+    """`layers` x [Dense, RMSNorm, SiLU] of width `units`, then Dense to `outputs`.
+
+    Weights are orthogonal (gain sqrt(2), and 0.001 for the output), biases 0.
+    """
+
+    layers: int
+    units: int
+    outputs: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., F] to [..., outputs] in at least float32."""
+        wide = at_least_float32(self.dtype)
+
+        def dense(units: int, gain: float, name: str) -> nn.Dense:
+            init = nn.initializers.orthogonal(gain)
+            return nn.Dense(units, dtype=self.dtype, param_dtype=wide, kernel_init=init, name=name)
+
+        x = x.astype(self.dtype)
+        for i in range(self.layers):
+            x = dense(self.units, HIDDEN_GAIN, f"hidden_{i}")(x).astype(wide)
+            # The input is wide already; flax's own widening refuses float64 under strict dtype promotion.
+            norm = nn.RMSNorm(1e-6, dtype=wide, param_dtype=wide, force_float32_reductions=False, name=f"norm_{i}")
+            x = nn.silu(norm(x)).astype(self.dtype)
+        return dense(self.outputs, OUTPUT_GAIN, "output")(x).astype(wide)
+
+
+def actor(config: BehaviourConfig, num_actions: int) -> MLP:
+    """Normalised features [..., F] -> policy logits [..., A]."""
+    return MLP(config.actor_layers, config.actor_units, num_actions, jnp.dtype(config.compute_dtype))
+
+
+def critic(config: BehaviourConfig) -> MLP:
+    """Features [..., F], not normalised -> symlog two-hot logits of the value [..., num_bins]."""
+    return MLP(config.critic_layers, config.critic_units, config.num_bins, jnp.dtype(config.compute_dtype))

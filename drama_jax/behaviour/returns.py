@@ -1,0 +1,58 @@
+"""Lambda-returns (Drama, arXiv 2410.08893, section 2.3; DreamerV2, arXiv 2010.02193, equation 4)."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+_Affine = tuple[jax.Array, jax.Array]
+
+
+def lambda_returns(
+    rewards: jax.Array,
+    values: jax.Array,
+    continues: jax.Array,
+    discount: float,
+    lambda_: float,
+    *,
+    bootstrap_next_value: bool = True,
+) -> jax.Array:
+    """Returns that mix bootstraps of every length, computed backwards from G_T = V_T:
+
+        G_t = r_t + discount c_t ((1 - lambda) V_(t+1) + lambda G_(t+1)).
+
+    This linear recurrence is an associative scan: log2(T) batched steps, where a loop would launch T small ones.
+
+    Args:
+      rewards: r_t [..., T].
+      values: V_t [..., T+1].
+      continues: c_t [..., T], 1 unless the step ended the episode.
+      discount: gamma, per step.
+      lambda_: weight of the longer returns.
+      bootstrap_next_value: False puts V_t in place of V_(t+1), as the released code does.
+
+    Returns:
+      G_t [..., T].
+    """
+    chex.assert_equal_shape([rewards, continues])
+    horizon = rewards.shape[-1]
+    chex.assert_shape(values, (*rewards.shape[:-1], horizon + 1))
+    bootstrap = values[..., 1:] if bootstrap_next_value else values[..., :-1]
+    decay = discount * lambda_ * continues
+    inputs = rewards + discount * (1 - lambda_) * continues * bootstrap
+    inputs = inputs.at[..., -1].add(decay[..., -1] * values[..., -1])
+
+    def compose(
+        later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        # Each pair (d, x) is the map G -> x + d G; the earlier step is applied to the later one's result.
+        return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
+
+    return jax.lax.associative_scan(compose, (decay, inputs), reverse=True, axis=rewards.ndim - 1)[1]
+
+
+def survival(continues: jax.Array) -> jax.Array:
+    """Probability of reaching step t: the product of c_s over s < t, [..., T] -> [..., T], starting with 1."""
+    reached = jnp.cumprod(continues[..., :-1], axis=-1)
+    return jnp.concatenate([jnp.ones_like(continues[..., :1]), reached], axis=-1)
