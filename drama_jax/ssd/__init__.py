@@ -71,7 +71,9 @@ def ssd(
             "use implementation=None, 'chunked' or 'reference'"
         )
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"ssd: unknown implementation {name!r}; accepted: None, {', '.join(map(repr, IMPLEMENTATIONS))}")
+        raise ValueError(
+            f"ssd: unknown implementation {name!r}; accepted: None, {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(f"ssd: x must be [B, T, H, P] and B [B, T, G, N], got {x.shape} and {B.shape}")
     batch, time, heads, head_dim = x.shape
@@ -90,9 +92,7 @@ def ssd(
     if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"ssd: segment_ids must be integers, got {segment_ids.dtype}")
     extra = {"chunk_size": chunk_size} if name == "chunked" else {}
-    return IMPLEMENTATIONS[name](
-        x, dt, A, B, C, D=D, initial_state=initial_state, segment_ids=segment_ids, **extra
-    )
+    return IMPLEMENTATIONS[name](x, dt, A, B, C, D=D, initial_state=initial_state, segment_ids=segment_ids, **extra)
 
 
 def ssd_step(
@@ -149,7 +149,9 @@ def _check_shape(name: str, value: jax.Array | None, shape: tuple[int, ...]) -> 
         raise ValueError(f"ssd: {name} must have shape {shape} to fit x and B, got {value.shape}")
 
 
-def _check_dtypes(x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, *others: jax.Array | None) -> None:
+def _check_dtypes(
+    x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, *others: jax.Array | None
+) -> None:
     if not x.dtype == B.dtype == C.dtype:
         raise ValueError(f"ssd: x, B and C must share one dtype, got {x.dtype}, {B.dtype} and {C.dtype}")
     for value in (x, dt, A, *others):

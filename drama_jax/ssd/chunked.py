@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from drama_jax.precision import at_least_float32
 from drama_jax.ssd.segments import segment_index
 
 
@@ -31,7 +31,7 @@ def ssd_chunked(
     """The whole sequence; arguments as in `drama_jax.ssd.ssd`, unchecked."""
     batch, time, heads, head_dim = x.shape
     groups, state_dim = B.shape[2:]
-    wide = np.promote_types(x.dtype, np.float32)
+    wide = at_least_float32(x.dtype)
     size = min(chunk_size, time)
     index = None if segment_ids is None else _chunks(segment_index(segment_ids), size, mode="edge")
 
@@ -69,7 +69,7 @@ def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """An einsum with operands of one dtype, accumulated and returned in at least float32."""
     # Float32 products are asked for in full: TF32 would give the state three digits.
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    wide = np.promote_types(left.dtype, np.float32)
+    wide = at_least_float32(left.dtype)
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=wide)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from drama_jax.precision import at_least_float32
 from drama_jax.ssd.segments import segment_index
 
 
@@ -22,7 +22,7 @@ def ssd_step(
     """One step; arguments as in `drama_jax.ssd.ssd_step`, unchecked."""
     batch, heads, head_dim, state_dim = state.shape
     groups = B.shape[1]
-    wide = np.promote_types(x.dtype, np.float32)
+    wide = at_least_float32(x.dtype)
     grouped = state.astype(wide).reshape(batch, groups, heads // groups, head_dim, state_dim)
     x_wide, dt_wide = x.astype(wide), dt.astype(wide)
     decay = jnp.exp(dt_wide * A.astype(wide)).reshape(batch, groups, -1, 1, 1)
@@ -48,7 +48,7 @@ def ssd_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The whole sequence by `jax.lax.scan`; arguments as in `drama_jax.ssd.ssd`, unchecked."""
     batch, time, heads, head_dim = x.shape
-    wide = np.promote_types(x.dtype, np.float32)
+    wide = at_least_float32(x.dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, head_dim, B.shape[-1]), wide)
     if segment_ids is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ def test_a_reset_equals_separate_sequences(where, x64):
     state = inputs["initial_state"] * (0 if 0 in RESETS[where] else 1)
     pieces = []
     with jax.disable_jit():
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             for t in range(begin, end):
                 now = [inputs[name][:, t] for name in ("x", "dt")]
                 later = [inputs[name][:, t] for name in ("B", "C")]

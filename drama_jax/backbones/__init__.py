@@ -1,0 +1,42 @@
+"""Sequence models (z_t, a_t) -> d_t, behind one interface.
+
+A backbone is a flax.linen module with three methods:
+
+* `__call__(latent [B, T, S], action [B, T] int, *, state=None, segment_ids=None) -> (features [B, T, D], state)`,
+  the parallel form over a sequence;
+* `step(latent [B, S], action [B] int, state) -> (feature [B, D], state)`, one step, by
+  `module.apply(variables, latent, action, state, method="step")`;
+* `initial_state(batch_size) -> state`, zeros; needs no parameters.
+
+Both forms agree: a sequence may be cut anywhere and continued in either from the returned state. In the parallel form
+the state is dropped where the segment id changes, and the given state belongs to segment 0, so that
+`segment_ids = cumsum(is_first, axis=1)` drops it when a sequence begins with an episode's first step.
+"""
+
+from __future__ import annotations
+
+import jax.typing
+from flax import linen as nn
+
+from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
+from drama_jax.config import BackboneConfig, ConfigError
+
+__all__ = ["Mamba2Backbone", "Mamba2LayerState", "Mamba2State", "make"]
+
+
+def make(config: BackboneConfig, num_actions: int, dtype: jax.typing.DTypeLike) -> nn.Module:
+    """The backbone that `config` names.
+
+    Args:
+      config: sizes; static.
+      num_actions: A, the number of discrete actions.
+      dtype: compute dtype of the matrix products; states of the recurrence and norms are at least float32.
+
+    Raises:
+      ConfigError: if there is no such backbone, or no action.
+    """
+    if num_actions < 1:
+        raise ConfigError(f"num_actions must be at least 1, got {num_actions}")
+    if config.name != "mamba2":
+        raise ConfigError(f"BackboneConfig.name must be 'mamba2', got {config.name!r}")
+    return Mamba2Backbone(config, num_actions, dtype)

@@ -1,0 +1,341 @@
+"""The Mamba-2 sequence model of Drama (arXiv 2410.08893, section 2.2; Dao & Gu 2024 for the block).
+
+stem(z_t, a_t), then per layer a residual block norm -> mixer, then a final norm. The residual stream, the norms and
+the SSM state are held in at least float32, matrix products run in the compute dtype.
+
+Shapes: B batch, T time, S latent, A actions, D width, I inner width, H heads, P head dim, N state dim, W conv width,
+V = I + 2N channels of the convolution. The mixer has one group.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import flax
+import jax
+import jax.numpy as jnp
+import jax.typing
+from flax import linen as nn
+
+from drama_jax.config import BackboneConfig
+from drama_jax.precision import at_least_float32
+from drama_jax.ssd import segment_index, ssd, ssd_step
+
+_BLOCK_EPS = 1e-5
+_STEM_EPS = 1e-6
+_STEP_SIZES = (1e-3, 0.1)
+_SMALLEST_STEP_SIZE = 1e-4
+_DECAY_RATES = (1.0, 16.0)
+
+
+@flax.struct.dataclass
+class Mamba2LayerState:
+    """What one mixer remembers."""
+
+    conv: jax.Array  # [B, W - 1, V] compute dtype: the last inputs of the convolution, oldest first
+    ssm: jax.Array  # [B, H, P, N] float32 (float64 if computed in it)
+
+
+@flax.struct.dataclass
+class Mamba2State:
+    """What the backbone remembers."""
+
+    layers: tuple[Mamba2LayerState, ...]  # one per layer
+
+
+class Mamba2Backbone(nn.Module):
+    """The whole sequence model; see `drama_jax.backbones` for the interface."""
+
+    config: BackboneConfig
+    num_actions: int
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        """Declares the sub-modules."""
+        wide = at_least_float32(self.dtype)
+        self.stem = Stem(self.config.width, self.num_actions, self.dtype)
+        self.layers = [Block(self.config, self.dtype) for _ in range(self.config.num_layers)]
+        self.norm_f = _rms_norm(_BLOCK_EPS, wide)
+
+    def initial_state(self, batch_size: int) -> Mamba2State:
+        """The state before the first step of an episode: zeros."""
+        c = self.config
+        layer = Mamba2LayerState(
+            conv=jnp.zeros((batch_size, c.conv_width - 1, c.inner_width + 2 * c.state_dim), self.dtype),
+            ssm=jnp.zeros((batch_size, c.num_heads, c.head_dim, c.state_dim), at_least_float32(self.dtype)),
+        )
+        return Mamba2State(layers=(layer,) * c.num_layers)
+
+    def __call__(
+        self,
+        latent: jax.Array,
+        action: jax.Array,
+        *,
+        state: Mamba2State | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, Mamba2State]:
+        """Features of a sequence.
+
+        Args:
+          latent: `[B, T, S]` float, z_t.
+          action: `[B, T]` int, a_t, taken in z_t.
+          state: the state before the first step; zeros if absent.
+          segment_ids: optional `[B, T]` int; the state is dropped where the id changes, and `state` belongs to id 0.
+
+        Returns:
+          d_t `[B, T, D]` in at least float32, and the state after the last step.
+
+        Raises:
+          ValueError: if latent and action do not fit.
+        """
+        _check_inputs(latent, action, rank=3)
+        if state is None:
+            state = self.initial_state(latent.shape[0])
+        index = None if segment_ids is None else segment_index(segment_ids)
+        residual = self.stem(latent, action)
+        states = []
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            update, layer_state = layer(residual, layer_state, index)
+            residual = residual + update.astype(residual.dtype)
+            states.append(layer_state)
+        return self.norm_f(residual), Mamba2State(layers=tuple(states))
+
+    def step(self, latent: jax.Array, action: jax.Array, state: Mamba2State) -> tuple[jax.Array, Mamba2State]:
+        """The feature of one step.
+
+        Args:
+          latent: `[B, S]` float, z_t.
+          action: `[B]` int, a_t.
+          state: the state before the step.
+
+        Returns:
+          d_t `[B, D]` in at least float32, and the state after the step.
+
+        Raises:
+          ValueError: if latent and action do not fit.
+        """
+        _check_inputs(latent, action, rank=2)
+        residual = self.stem(latent, action)
+        states = []
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            update, layer_state = layer.step(residual, layer_state)
+            residual = residual + update.astype(residual.dtype)
+            states.append(layer_state)
+        return self.norm_f(residual), Mamba2State(layers=tuple(states))
+
+
+class Stem(nn.Module):
+    """SiLU(RMSNorm(W [latent, one-hot action] + b)), [..., S] and [...] -> [..., D]."""
+
+    width: int
+    num_actions: int
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, action: jax.Array) -> jax.Array:
+        """Embeds latent and action in the residual stream."""
+        size, wide = latent.shape[-1], at_least_float32(self.dtype)
+        kernel = self.param("kernel", _uniform_fan_in(), (size + self.num_actions, self.width), wide)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), wide)
+        embedded = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
+        x = embedded + _rows(kernel[size:].astype(wide), action) + bias.astype(wide)
+        return nn.silu(_rms_norm(_STEM_EPS, wide, name="norm")(x))
+
+
+class Block(nn.Module):
+    """mixer(RMSNorm(residual)); the caller adds the result to the residual stream."""
+
+    config: BackboneConfig
+    dtype: jax.typing.DTypeLike
+
+    def setup(self) -> None:
+        """Declares the sub-modules."""
+        self.norm = _rms_norm(_BLOCK_EPS, at_least_float32(self.dtype))
+        self.mixer = Mamba2Mixer(self.config, self.dtype)
+
+    def __call__(
+        self, residual: jax.Array, state: Mamba2LayerState, index: jax.Array | None
+    ) -> tuple[jax.Array, Mamba2LayerState]:
+        """Over a sequence: residual [B, T, D], segment index [B, T] -> update [B, T, D], state after it."""
+        return self.mixer(self.norm(residual), state, index)
+
+    def step(self, residual: jax.Array, state: Mamba2LayerState) -> tuple[jax.Array, Mamba2LayerState]:
+        """One step: residual [B, D] -> update [B, D], state after it."""
+        return self.mixer.step(self.norm(residual), state)
+
+
+class Mamba2Mixer(nn.Module):
+    """The Mamba-2 mixer (Dao & Gu 2024, section 7), one group, gate before the inner norm."""
+
+    config: BackboneConfig
+    dtype: jax.typing.DTypeLike
+
+    def setup(self) -> None:
+        """Declares sub-modules and parameters."""
+        c, wide = self.config, at_least_float32(self.dtype)
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=wide)
+        projected = 2 * c.inner_width + 2 * c.state_dim + c.num_heads  # [z | x | B | C | dt]
+        self.in_proj = dense(projected, kernel_init=_uniform_fan_in())
+        self.conv = CausalConv(c.conv_width, self.dtype)
+        self.dt_bias = self.param("dt_bias", _init_dt_bias, (c.num_heads,), wide)
+        self.A_log = self.param("A_log", _init_log_decay, (c.num_heads,), wide)
+        self.D = self.param("D", nn.initializers.ones, (c.num_heads,), wide)
+        self.norm = _rms_norm(_BLOCK_EPS, wide)
+        self.out_proj = dense(c.width, kernel_init=_uniform_fan_in(1.0 / c.num_layers))
+
+    def __call__(
+        self, u: jax.Array, state: Mamba2LayerState, index: jax.Array | None = None
+    ) -> tuple[jax.Array, Mamba2LayerState]:
+        """Over a sequence.
+
+        Args:
+          u: `[B, T, D]`.
+          state: the state before the first step.
+          index: optional `[B, T]` int32 from `segment_index`.
+
+        Returns:
+          `[B, T, D]` in the compute dtype, and the state after the last step.
+        """
+        z, xBC, dt = self._project(u)
+        xBC, conv_state = self.conv(xBC, state.conv, index)
+        x, B, C = self._split(xBC)
+        y, ssm_state = ssd(
+            x,
+            self._step_size(dt),
+            -jnp.exp(self.A_log),
+            B,
+            C,
+            D=self.D,
+            initial_state=state.ssm,
+            segment_ids=index,
+            chunk_size=self.config.chunk_size,
+        )
+        return self._gate_and_project(y, z), Mamba2LayerState(conv=conv_state, ssm=ssm_state)
+
+    def step(self, u: jax.Array, state: Mamba2LayerState) -> tuple[jax.Array, Mamba2LayerState]:
+        """One step: u [B, D] -> [B, D] in the compute dtype, and the state after it."""
+        z, xBC, dt = self._project(u)
+        xBC, conv_state = self.conv(xBC[:, None], state.conv)
+        x, B, C = self._split(xBC[:, 0])
+        y, ssm_state = ssd_step(state.ssm, x, self._step_size(dt), -jnp.exp(self.A_log), B, C, D=self.D)
+        return self._gate_and_project(y, z), Mamba2LayerState(conv=conv_state, ssm=ssm_state)
+
+    def _project(self, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        inner, heads = self.config.inner_width, self.config.num_heads
+        projected = self.in_proj(u)
+        return projected[..., :inner], projected[..., inner:-heads], projected[..., -heads:]
+
+    def _split(self, xBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        c = self.config
+        x, B, C = jnp.split(xBC, [c.inner_width, c.inner_width + c.state_dim], axis=-1)
+        return x.reshape(*x.shape[:-1], c.num_heads, c.head_dim), B[..., None, :], C[..., None, :]
+
+    def _step_size(self, dt: jax.Array) -> jax.Array:
+        wide = at_least_float32(self.dtype)
+        return jax.nn.softplus(dt.astype(wide) + self.dt_bias.astype(wide))
+
+    def _gate_and_project(self, y: jax.Array, z: jax.Array) -> jax.Array:
+        wide = at_least_float32(self.dtype)
+        gated = y.reshape(z.shape).astype(wide) * nn.silu(z.astype(wide))
+        return self.out_proj(self.norm(gated))
+
+
+class CausalConv(nn.Module):
+    """SiLU of a depthwise causal convolution over time with a carried state."""
+
+    width: int
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, u: jax.Array, state: jax.Array, index: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Convolves within segments.
+
+        Args:
+          u: `[B, T, V]`.
+          state: `[B, W - 1, V]`, the inputs before the first step, oldest first.
+          index: optional `[B, T]` int32 from `segment_index`; `state` belongs to index 0.
+
+        Returns:
+          `[B, T, V]` in the compute dtype, and the last W - 1 inputs, zero where another segment than the last one's.
+        """
+        limit = 1 / math.sqrt(self.width)
+        uniform, wide = _uniform(-limit, limit), at_least_float32(self.dtype)
+        kernel = self.param("kernel", uniform, (self.width, u.shape[-1]), wide)  # kernel[-1] meets the newest input
+        bias = self.param("bias", uniform, (u.shape[-1],), wide)
+        time, before = u.shape[1], self.width - 1
+        inputs = jnp.concatenate([state.astype(self.dtype), u.astype(self.dtype)], axis=1)
+        owner = None if index is None else jnp.pad(index, ((0, 0), (before, 0)))
+        # W shifted products: XLA fuses them into one pass, where a grouped convolution call is far slower.
+        y = bias.astype(wide)
+        for tap in range(self.width):
+            term = inputs[:, tap : tap + time].astype(wide)
+            if owner is not None and index is not None and tap < before:
+                term = jnp.where((owner[:, tap : tap + time] == index)[..., None], term, 0)
+            y = y + kernel[tap].astype(wide) * term
+        last = inputs[:, time:]
+        if owner is not None:
+            last = jnp.where((owner[:, time:] == owner[:, -1:])[..., None], last, 0)
+        return nn.silu(y).astype(self.dtype), last
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, row: jax.Array) -> jax.Array:
+    """table[row], with the gradient as a product with one-hot rows.
+
+    The automatic gradient is a scatter of thousands of rows onto a few, slow and in random order on a GPU.
+    """
+    return jnp.take(table, row, axis=0)
+
+
+def _rows_forward(table: jax.Array, row: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # The table rides along for its shape and dtype alone.
+    return _rows(table, row), (table, row)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    table, row = saved
+    one_hot = jax.nn.one_hot(row.reshape(-1), table.shape[0], dtype=gradient.dtype)
+    flat = gradient.reshape(-1, table.shape[1])
+    return jnp.matmul(one_hot.T, flat, precision=jax.lax.Precision.HIGHEST), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _rms_norm(epsilon: float, dtype: jax.typing.DTypeLike, name: str | None = None) -> nn.RMSNorm:
+    # The inputs are in `dtype` already; flax's own promotion refuses float64 under strict dtype promotion.
+    return nn.RMSNorm(epsilon, dtype=dtype, param_dtype=dtype, force_float32_reductions=False, name=name)
+
+
+def _check_inputs(latent: jax.Array, action: jax.Array, rank: int) -> None:
+    if latent.ndim != rank or latent.shape[:-1] != action.shape:
+        leading = "[B, T]" if rank == 3 else "[B]"
+        raise ValueError(
+            f"latent must be {leading[:-1]}, S] and action {leading}, got shapes {latent.shape} and {action.shape}"
+        )
+    if not jnp.issubdtype(action.dtype, jnp.integer):
+        raise ValueError(f"action must be integers (indices, not one-hot), got {action.dtype}")
+
+
+def _uniform(low: float, high: float) -> nn.initializers.Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, low, high)
+
+    return init
+
+
+def _uniform_fan_in(scale: float = 1.0) -> nn.initializers.Initializer:
+    """U(+-sqrt(scale / fan_in)); scale 1 is PyTorch's default for a linear layer."""
+    return nn.initializers.variance_scaling(scale / 3.0, "fan_in", "uniform")
+
+
+def _init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Inverse softplus of log-uniform step sizes (Dao & Gu 2024, code)."""
+    low, high = map(math.log, _STEP_SIZES)
+    step_size = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), _SMALLEST_STEP_SIZE)
+    return step_size + jnp.log(-jnp.expm1(-step_size))
+
+
+def _init_log_decay(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    return jnp.log(jax.random.uniform(key, shape, dtype, *_DECAY_RATES))
