@@ -120,18 +120,23 @@ def update(state: AgentState, transition: Transition) -> tuple[AgentState, Metri
     Returns:
       The new state and scalar metrics, named by TensorBoard tag.
     """
-    config, wm = state.config, state.config.world_model
-    key, train_key, noise_key, start_key, imagine_key = jax.random.split(state.key, 5)
-    memory = replay.add(state.replay, transition)
+    state = observe(state, transition)
+    state, model_metrics = train_world_model(state)
+    state, behaviour_metrics = train_behaviour(state)
+    return state, model_metrics | behaviour_metrics
 
+
+def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
+    """One world-model update on windows drawn from the replay (paper algorithm 1, lines on world-model learning)."""
+    config, wm = state.config, state.config.world_model
+    key, sample_key, noise_key = jax.random.split(state.key, 3)
     starts, memory = replay.sample_training(
-        config.replay, memory, train_key, wm.batch_size, wm.batch_length, tau=state.hyper.tau
+        config.replay, state.replay, sample_key, wm.batch_size, wm.batch_length, tau=state.hyper.tau
     )
     batch = replay.gather(memory, starts, wm.batch_length)
-    ae = wm.autoencoder
-    noise_shape = (*batch.actions.shape, ae.categoricals, ae.classes)
+    noise_shape = (*batch.actions.shape, wm.autoencoder.categoricals, wm.autoencoder.classes)
     gumbel = jax.random.gumbel(noise_key, noise_shape, at_least_float32(world_model.compute_dtype(wm)))
-    model, model_metrics = world_model.update(
+    model, metrics = world_model.update(
         wm,
         state.world_model,
         batch,
@@ -140,16 +145,25 @@ def update(state: AgentState, transition: Transition) -> tuple[AgentState, Metri
         num_actions=state.num_actions,
         learning_rate=state.hyper.world_model_learning_rate,
     )
+    metrics = {f"world_model/{name}": value for name, value in metrics.items()}
+    return state.replace(world_model=model, replay=memory, key=key), metrics
 
-    im = config.imagination
-    ratio = im.batch_size / wm.batch_size
+
+def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
+    """One actor-critic update on rollouts imagined from the replay (paper algorithm 1, lines on behaviour learning)."""
+    config, im = state.config, state.config.imagination
+    key, sample_key, imagine_key = jax.random.split(state.key, 3)
     starts, memory = replay.sample_imagination(
-        config.replay, memory, start_key, im.batch_size, im.context_length, ratio, tau=state.hyper.imagination_tau
+        config.replay,
+        state.replay,
+        sample_key,
+        im.batch_size,
+        im.context_length,
+        ratio=im.batch_size / config.world_model.batch_size,
+        tau=state.hyper.imagination_tau,
     )
-    context = replay.gather(memory, starts, im.context_length)
-    state = state.replace(world_model=model, replay=memory, key=key)
-    imagined, normaliser = imagine(state, context, imagine_key)
-    behaviour, behaviour_metrics = actor_critic.update(
+    imagined, normaliser = imagine(state, replay.gather(memory, starts, im.context_length), imagine_key)
+    behaviour, metrics = actor_critic.update(
         config.behaviour,
         config.fidelity,
         state.behaviour.replace(normaliser=normaliser),
@@ -160,9 +174,8 @@ def update(state: AgentState, transition: Transition) -> tuple[AgentState, Metri
         learning_rate=state.hyper.behaviour_learning_rate,
         entropy_scale=state.hyper.entropy_scale,
     )
-    metrics = {f"world_model/{name}": value for name, value in model_metrics.items()}
-    metrics |= {f"actor_critic/{name}": value for name, value in behaviour_metrics.items()}
-    return state.replace(behaviour=behaviour), metrics
+    metrics = {f"actor_critic/{name}": value for name, value in metrics.items()}
+    return state.replace(behaviour=behaviour, replay=memory, key=key), metrics
 
 
 def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:

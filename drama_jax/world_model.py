@@ -327,6 +327,6 @@ def update(
     (_, (metrics, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     optimizer = optim.make_optimizer(config.optimizer, learning_rate)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optim.gradient_norm(opt_state)
     params = optax.apply_updates(state.params, updates)
     return WorldModelState(params, batch_stats, opt_state), metrics

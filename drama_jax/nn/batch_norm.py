@@ -60,7 +60,7 @@ class BatchNorm(nn.Module):
 
     def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
         """Mean and biased variance per channel in one pass over `x`, and the number of values behind them."""
-        wide = x.astype(jnp.promote_types(x.dtype, self.param_dtype))
+        wide = x.astype(self.param_dtype)
         axes = tuple(range(x.ndim - 1))
 
         def per_channel(moment: jax.Array) -> jax.Array:

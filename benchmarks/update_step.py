@@ -1,0 +1,145 @@
+"""Milliseconds of each stage of one environment step, and of the whole.
+
+    python -m benchmarks.update_step --preset xs
+
+Stages are timed twice: `median_ms` waits for the device after every call (dispatch included), `queued_ms` queues
+calls as the training loop does. Frames are random; the time does not depend on what they show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from drama_jax import agent, replay
+from drama_jax.config import PRESETS, preset
+
+ACTIONS = 18
+
+
+def filled_state(config: Any, stored: int) -> agent.AgentState:
+    """An agent whose replay holds `stored` random steps."""
+    state = jax.jit(agent.init, static_argnums=(1, 2))(jax.random.key(0), config, ACTIONS)
+    rng = np.random.default_rng(0)
+    n = state.replay.capacity
+    memory = state.replay.replace(
+        frames=jax.random.bits(jax.random.key(1), state.replay.frames.shape, jnp.uint8),
+        actions=jnp.asarray(rng.integers(0, ACTIONS, n), jnp.int32),
+        rewards=jnp.asarray(rng.integers(0, 2, n), jnp.float32),
+        firsts=jnp.asarray(rng.random(n) < 1e-3),
+        position=jnp.asarray(stored % n, jnp.int32),
+        size=jnp.asarray(stored, jnp.int32),
+    )
+    return state.replace(replay=memory)
+
+
+def stages(state: agent.AgentState) -> dict[str, Any]:
+    """Name -> function of the state that returns a new state (donated) or a result."""
+    shape = state.config.world_model.autoencoder.image_shape
+    transition = replay.Transition(
+        frame=jnp.zeros(shape, jnp.uint8),
+        action=jnp.zeros((), jnp.int32),
+        reward=jnp.zeros((), jnp.float32),
+        terminal=jnp.zeros((), bool),
+        first=jnp.zeros((), bool),
+    )
+    donate = functools.partial(jax.jit, donate_argnums=0)
+    return {
+        "world_model_update": donate(agent.train_world_model),
+        "imagination_behaviour_update": donate(agent.train_behaviour),
+        "environment_step": donate(lambda s: agent.update(s, transition)),
+    }
+
+
+def timed_stages(state: agent.AgentState, preset_name: str, repeats: int) -> tuple[agent.AgentState, list[dict]]:
+    """Rows of all stages; the state is threaded through because it is donated."""
+    rows = []
+    holder = [state]
+    for name, function in stages(state).items():
+        start = time.perf_counter()
+        compiled = function.lower(holder[0]).compile()
+        compile_s = time.perf_counter() - start
+
+        def call(compiled: Any = compiled) -> Any:
+            holder[0], metrics = compiled(holder[0])
+            return metrics
+
+        memory = compiled.memory_analysis()
+        rows.append(
+            {
+                "name": name,
+                "preset": preset_name,
+                "median_ms": common.median_ms(call, repeats),
+                "queued_ms": common.queued_ms(call, repeats),
+                "compile_s": compile_s,
+                "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+            }
+        )
+        print(rows[-1], flush=True)
+    state = holder[0]
+    rows.append(timed_act(state, preset_name, repeats))
+    print(rows[-1], flush=True)
+    return state, rows
+
+
+def timed_act(state: agent.AgentState, preset_name: str, repeats: int) -> dict[str, Any]:
+    """`act` for one environment, with the frame sent to the device and the action fetched."""
+    act = jax.jit(agent.act)
+    holder = [agent.initial_acting(state, 1), jax.random.key(2)]
+    frame = np.zeros((1, *state.config.world_model.autoencoder.image_shape), np.uint8)
+    first = np.zeros(1, bool)
+
+    def call() -> np.ndarray:
+        actions, holder[0] = act(state, holder[0], frame, holder[1], first)
+        return np.asarray(actions)
+
+    return {
+        "name": "act",
+        "preset": preset_name,
+        "median_ms": common.median_ms(call, repeats),
+        "queued_ms": common.queued_ms(call, repeats),
+    }
+
+
+def floors(rows: list[dict[str, Any]], preset_name: str) -> None:
+    """Adds `floor_ms` and `ratio` where the work was counted: preset xs on a card whose ceilings are known."""
+    ceilings = common.CEILINGS.get(common.device_name())
+    # (TFLOP, GB of unavoidable activation traffic) of preset xs.
+    work = {
+        "world_model_update": (0.9, 3.5),
+        "imagination_behaviour_update": (1.0, 4.0),
+        "act": (0.0011, 0.03),
+        "environment_step": (1.9, 7.5),
+    }
+    for row in rows:
+        if ceilings and preset_name == "xs":
+            flop, traffic = work[row["name"]]
+            floor = flop * 1e12 / ceilings["bf16_flop_per_s"] + traffic * 1e9 / ceilings["bytes_per_s"]
+            row |= {"floor_ms": floor * 1e3, "ratio": row["median_ms"] / (floor * 1e3)}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="xs")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--stored", type=int, default=20_000, help="steps in the replay")
+    parser.add_argument("--out", type=pathlib.Path, default=None, help="directory of the result file")
+    arguments = parser.parse_args()
+    config = preset(arguments.preset).agent
+    state = filled_state(config, min(arguments.stored, config.replay.capacity))
+    _, rows = timed_stages(state, arguments.preset, arguments.repeats)
+    floors(rows, arguments.preset)
+    common.write_result("update_step", rows, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
