@@ -40,8 +40,9 @@ def lambda_returns(
     chex.assert_shape(values, (*rewards.shape[:-1], horizon + 1))
     bootstrap = values[..., 1:] if bootstrap_next_value else values[..., :-1]
     decay = discount * lambda_ * continues
-    inputs = rewards + discount * (1 - lambda_) * continues * bootstrap
-    inputs = inputs.at[..., -1].add(decay[..., -1] * values[..., -1])
+    # The last step continues into V_T. A mask, not an indexed update: everything up to the scan stays elementwise.
+    final = jnp.where(jnp.arange(horizon) == horizon - 1, values[..., 1:], 0)
+    inputs = rewards + discount * (1 - lambda_) * continues * bootstrap + decay * final
 
     def compose(
         later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]

@@ -52,11 +52,17 @@ def _networks(vectors, prefix, dtype, names=("actor", "critic", "slow_critic")):
 
 
 def _initial(vectors, config, dtype):
-    networks = _networks(vectors, "param0/", dtype)
-    state = init(jax.random.key(0), config, 128, 5)
-    slow_critic = networks.pop("slow_critic")
-    chex.assert_trees_all_equal_shapes_and_dtypes(state.params, networks)
-    return state.replace(params=networks, slow_critic=slow_critic)
+    params = _networks(vectors, "param0/", dtype)
+    state = actor_critic.BehaviourState(
+        slow_critic=params.pop("slow_critic"),
+        params=params,
+        opt_state=optim.make_optimizer(config.optimizer).init(params),
+        normaliser=normalisers.init_input(128, dtype),
+        return_scale=normalisers.init_return_scale(dtype),
+    )
+    fresh = jax.eval_shape(lambda key: actor_critic.init(key, config, 128, 5), jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, fresh)
+    return state
 
 
 def _batch(vectors, step, dtype):
@@ -259,7 +265,7 @@ def test_update_learns_a_bandit():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_state():
     config = BehaviourConfig(**{**TINY.__dict__, "compute_dtype": "bfloat16"})
-    state = init(jax.random.key(0), config, 6, 3)
+    state = init(jax.random.key(0), TINY, 6, 3)
     batch = _tiny_batch(jax.random.key(1))
     features = batch[0].astype(jnp.bfloat16)
     new, metrics = update(config, PAPER, state, features, *batch[1:])
