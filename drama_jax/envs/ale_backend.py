@@ -16,6 +16,8 @@ from drama_jax.envs.base import Observation, check_actions
 from drama_jax.envs.games import rom_name
 from drama_jax.envs.resize import AreaResize
 
+_SETTLING_FRAMES = 60
+
 
 class AleEnv:
     """E copies of one game; implements `base.Env`. See `atari.make_atari` for the arguments."""
@@ -101,25 +103,27 @@ class _Emulator:
         self._rng = np.random.default_rng(seed)
         self._ale = ale_py.ALEInterface()
         self._ale.setInt("random_seed", seed)
-        self._ale.setFloat("repeat_action_probability", config.sticky_actions)
+        # Actions are made sticky here: the emulator would not save which action it is repeating.
+        self._ale.setFloat("repeat_action_probability", 0.0)
         self._ale.loadROM(rom)
         full = config.full_action_space
         self.actions = self._ale.getLegalActionSet() if full else self._ale.getMinimalActionSet()
-        self._noop = ale_py.Action.NOOP
         height, width = self._ale.getScreenDims()
         self._resize = AreaResize(height, width, image_size)
         self._screens = np.zeros((2, height, width, 3), np.uint8)  # the last two frames of a step
         self._lives = 0
         self._steps = 0
+        self._action = 0  # what the emulator plays now; every action set begins with NOOP
 
     def reset(self) -> Observation:
         """Starts a game and plays 1..noop_max no-op frames (none if noop_max is 0)."""
         self._ale.reset_game()
         noops = int(self._rng.integers(1, self._config.noop_max + 1)) if self._config.noop_max else 0
         for _ in range(noops):
-            self._ale.act(self._noop)
+            self._ale.act(self.actions[0])
             if self._ale.game_over():
                 self._ale.reset_game()
+        self._action = 0
         self._ale.getScreenRGB(self._screens[0])
         self._lives = self._ale.lives()
         self._steps = 0
@@ -127,10 +131,13 @@ class _Emulator:
 
     def step(self, action: int) -> Observation:
         """Repeats an action for `frame_skip` frames, or until the game is over; a lost life does not cut it short."""
+        sticky = self._rng.random(self._config.frame_skip) < self._config.sticky_actions
         reward = 0
         played = 0
         for frame in range(self._config.frame_skip):
-            reward += self._ale.act(self.actions[action])
+            if not sticky[frame]:
+                self._action = action
+            reward += self._ale.act(self.actions[self._action])
             over = self._ale.game_over()
             # The maximum is over the last two frames; a game over before these shows the frame it ended on.
             if over or frame >= self._config.frame_skip - 2:
@@ -143,20 +150,26 @@ class _Emulator:
         return self._row(image, reward, first=False)
 
     def get_state(self) -> bytes:
-        """The emulator's own state, its random numbers included."""
+        """The emulator's own state."""
         state: bytes = self._ale.cloneState(include_rng=True).__getstate__()
         return state
 
     def variables(self) -> dict[str, Any]:
         """What this class keeps between steps, as JSON."""
-        return {"rng": self._rng.bit_generator.state, "lives": self._lives, "steps": self._steps}
+        rng = self._rng.bit_generator.state
+        return {"rng": rng, "lives": self._lives, "steps": self._steps, "action": self._action}
 
     def set_state(self, ale_py: Any, state: bytes, variables: dict[str, Any]) -> None:
         """Restores `get_state()` and `variables()`."""
+        # Something the saved state lacks settles in the first frames played: without them Qbert goes on differently.
+        self._ale.reset_game()
+        for _ in range(_SETTLING_FRAMES):
+            self._ale.act(self.actions[0])
         self._ale.restoreState(ale_py.ALEState(state))
         self._rng.bit_generator.state = variables["rng"]
         self._lives = variables["lives"]
         self._steps = variables["steps"]
+        self._action = variables["action"]
 
     def _row(self, image: np.ndarray, reward: int, *, first: bool) -> Observation:
         over = self._ale.game_over()
