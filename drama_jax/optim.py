@@ -30,7 +30,7 @@ class ClipState(NamedTuple):
 class LaPropState(NamedTuple):
     """State of `laprop`."""
 
-    count: jax.Array  # [] i32: updates made so far
+    num_updates: jax.Array  # [] i32: updates made so far
     rate_average: jax.Array  # [] parameters' dtype: E, moving average of the learning rate
     momentum: chex.ArrayTree  # like the parameters: m, moving average of learning rate * normalised gradient
     square: chex.ArrayTree  # like the parameters: v, moving average of the squared gradient
@@ -94,7 +94,7 @@ def laprop(
 
     def init(params: chex.ArrayTree) -> LaPropState:
         return LaPropState(
-            count=jnp.zeros((), jnp.int32),
+            num_updates=jnp.zeros((), jnp.int32),
             rate_average=jnp.zeros((), _dtype(params)),
             momentum=optax.tree.zeros_like(params),
             square=optax.tree.zeros_like(params),
@@ -106,12 +106,12 @@ def laprop(
         if weight_decay and params is None:
             raise ValueError("laprop with weight_decay needs the parameters: call update(gradients, state, params)")
         dtype = state.rate_average.dtype
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.num_updates) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, dtype)
         rate_average = b1 * state.rate_average + (1 - b1) * rate
         step_size = jnp.where(rate_average > 0, rate / jnp.where(rate_average > 0, rate_average, 1.0), 0.0)
         # 1 - b2^t through expm1: in float32 the plain difference is wrong by 5e-5 of its value at t = 1.
-        correction = -jnp.expm1((state.count + 1).astype(dtype) * math.log(b2))
+        correction = -jnp.expm1((state.num_updates + 1).astype(dtype) * math.log(b2))
 
         square = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), updates, state.square)
 
@@ -123,7 +123,7 @@ def laprop(
         steps = jax.tree.map(lambda m: -step_size.astype(m.dtype) * m, momentum)
         if weight_decay:
             steps = jax.tree.map(lambda s, p: s - weight_decay * (p + s), steps, params)
-        return steps, LaPropState(state.count + 1, rate_average, momentum, square)
+        return steps, LaPropState(state.num_updates + 1, rate_average, momentum, square)
 
     return optax.GradientTransformation(init, update)
 

@@ -6,6 +6,7 @@ B imagined rollouts, L imagined steps, F = S + D features, A actions. Rollout ar
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax
@@ -74,12 +75,14 @@ def policy_logits(
     """Policy logits of features [..., F] -> [..., A] in at least float32. No statistic moves."""
     num_actions = params["actor"]["output"]["bias"].shape[-1]
     inputs = normalisers.apply(normaliser, features)
-    return networks.actor(config, num_actions).apply({"params": params["actor"]}, inputs)
+    logits: jax.Array = networks.actor(config, num_actions).apply({"params": params["actor"]}, inputs)
+    return logits
 
 
 def value_logits(config: BehaviourConfig, critic: Params, features: jax.Array) -> jax.Array:
     """Symlog two-hot logits of the value of features [..., F] -> [..., num_bins] in at least float32."""
-    return networks.critic(config).apply({"params": critic}, features)
+    logits: jax.Array = networks.critic(config).apply({"params": critic}, features)
+    return logits
 
 
 def loss(
@@ -182,7 +185,7 @@ def update(
     Returns:
       (state after the step, metrics: scalars []).
     """
-    state = state.replace(normaliser=normalisers.update(state.normaliser, features))
+    state = dataclasses.replace(state, normaliser=normalisers.update(state.normaliser, features))
 
     def objective(params: dict[str, Params]) -> tuple[jax.Array, LossTerms]:
         return loss(
@@ -206,5 +209,7 @@ def update(
         "imagined_reward": jnp.mean(rewards),
         "imagined_value": jnp.mean(terms.values),
     }
-    state = state.replace(params=params, slow_critic=slow_critic, opt_state=opt_state, return_scale=terms.return_scale)
+    state = dataclasses.replace(
+        state, params=params, slow_critic=slow_critic, opt_state=opt_state, return_scale=terms.return_scale
+    )
     return state, {f"actor_critic/{name}": value for name, value in metrics.items()}

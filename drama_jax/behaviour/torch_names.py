@@ -1,4 +1,4 @@
-"""Names of actor and critic arrays in the released PyTorch code's agent.
+"""Names of actor and critic arrays in the released PyTorch code, relative to their network ("actor.", "critic.", ...).
 
 Only a mapping between names and layouts: it serves parameters, gradients and parameter changes alike.
 """
@@ -6,49 +6,53 @@ Only a mapping between names and layouts: it serves parameters, gradients and pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Network = Literal["actor", "critic", "slow_critic"]
+ACTOR_OFFSET = 1
+"""The actor's sequence begins with the input normaliser, which holds no parameters; the critics' begin with a layer."""
 
 
-def names(network: Network, layers: int) -> dict[tuple[str, str], str]:
-    """(module, array) in our parameters -> name in the PyTorch state dictionary.
+def names(layers: int, offset: int) -> dict[tuple[str, str], str]:
+    """(module, array) in our parameters -> PyTorch name.
 
     Args:
-      network: the actor's sequence begins with the input normaliser, which holds no parameters; the critics' do not.
       layers: number of hidden layers.
+      offset: position of the first linear layer: `ACTOR_OFFSET` for the actor, 0 for the critics.
     """
-    first = 1 if network == "actor" else 0
     mapping = {}
     for i in range(layers):
-        linear = first + 3 * i
-        mapping[f"hidden_{i}", "kernel"] = f"{network}.{linear}.weight"
-        mapping[f"hidden_{i}", "bias"] = f"{network}.{linear}.bias"
-        mapping[f"norm_{i}", "scale"] = f"{network}.{linear + 1}.scale"
-    output = first + 3 * layers
-    mapping["output", "kernel"] = f"{network}.{output}.weight"
-    mapping["output", "bias"] = f"{network}.{output}.bias"
+        linear = offset + 3 * i
+        mapping[f"hidden_{i}", "kernel"] = f"{linear}.weight"
+        mapping[f"hidden_{i}", "bias"] = f"{linear}.bias"
+        mapping[f"norm_{i}", "scale"] = f"{linear + 1}.scale"
+    output = offset + 3 * layers
+    mapping["output", "kernel"] = f"{output}.weight"
+    mapping["output", "bias"] = f"{output}.bias"
     return mapping
 
 
-def from_torch(network: Network, layers: int, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Picks one network's arrays and brings them into our layout, dtype unchanged.
+def from_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Brings one network's arrays into our layout, dtype unchanged.
 
     Args:
-      network: which one.
-      layers: number of hidden layers.
-      arrays: PyTorch name -> array, kernels [out, in]; other names are ignored.
+      arrays: PyTorch name -> array, kernels [out, in]. The number of layers is read off the names.
 
     Returns:
-      Nested dictionary like `BehaviourState.params[network]`, kernels [in, out].
+      Nested dictionary like `BehaviourState.params["actor"]` or `["critic"]`, kernels [in, out].
 
     Raises:
-      KeyError: if an array is missing.
+      ValueError: if the names are not those of an actor or critic; the message lists what is missing or not known.
     """
+    positions = [int(name.partition(".")[0]) for name in arrays if name.partition(".")[0].isdigit()]
+    offset = min(positions, default=0)
+    mapping = names(max((max(positions, default=0) - offset) // 3, 0), offset)
+    different = sorted(set(mapping.values()) ^ set(arrays))
+    if different:
+        raise ValueError(f"not the arrays of a released actor or critic: missing or not known: {', '.join(different)}")
     params: dict[str, dict[str, Any]] = {}
-    for (module, array), name in names(network, layers).items():
+    for (module, array), name in mapping.items():
         value = np.asarray(arrays[name])
         params.setdefault(module, {})[array] = value.T if array == "kernel" else value
     return params

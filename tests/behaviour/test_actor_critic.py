@@ -23,7 +23,6 @@ RELEASED = Fidelity(
     first_action_from_policy=False,
 )
 GOLDEN = BehaviourConfig(actor_units=32, critic_units=48)
-LAYERS = {"actor": 3, "critic": 3, "slow_critic": 3}
 TINY = BehaviourConfig(
     actor_layers=1,
     actor_units=8,
@@ -45,9 +44,11 @@ def _config(dtype):
 
 
 def _networks(vectors, prefix, dtype, names=("actor", "critic", "slow_critic")):
-    start = len(prefix)
-    arrays = {key[start:]: value for key, value in vectors.items() if key.startswith(prefix)}
-    trees = {name: torch_names.from_torch(name, LAYERS[name], arrays) for name in names}
+    trees = {}
+    for name in names:
+        start = f"{prefix}{name}."
+        arrays = {key.removeprefix(start): value for key, value in vectors.items() if key.startswith(start)}
+        trees[name] = torch_names.from_torch(arrays)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), trees)
 
 

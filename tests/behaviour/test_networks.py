@@ -35,20 +35,32 @@ def test_torch_names_cover_the_released_agent(num_actions):
     trees = {**state.params, "slow_critic": state.slow_critic}
     shapes = {}
     for network, tree in trees.items():
-        for (module, array), name in torch_names.names(network, 3).items():
-            shape = tree[module][array].shape
-            shapes[name] = list(shape[::-1])
-        assert len(jax.tree.leaves(tree)) == len(torch_names.names(network, 3))
+        mapping = torch_names.names(3, torch_names.ACTOR_OFFSET if network == "actor" else 0)
+        assert len(jax.tree.leaves(tree)) == len(mapping)
+        for (module, array), name in mapping.items():
+            shapes[f"{network}.{name}"] = list(tree[module][array].shape[::-1])
     assert shapes == released
 
 
-def test_from_torch_transposes_kernels_and_names_what_is_missing():
-    arrays = {name: np.arange(6.0).reshape(2, 3) for name in torch_names.names("critic", 1).values()}
-    params = torch_names.from_torch("critic", 1, arrays)
-    np.testing.assert_array_equal(params["hidden_0"]["kernel"], np.arange(6.0).reshape(2, 3).T)
-    np.testing.assert_array_equal(params["hidden_0"]["bias"], np.arange(6.0).reshape(2, 3))
-    with pytest.raises(KeyError, match=r"actor\.1\.weight"):
-        torch_names.from_torch("actor", 1, arrays)
+@pytest.mark.parametrize("offset", [0, torch_names.ACTOR_OFFSET])
+def test_from_torch_transposes_kernels_and_finds_the_layers(offset):
+    kernel = np.arange(6.0).reshape(2, 3)
+    arrays = dict.fromkeys(torch_names.names(2, offset).values(), kernel)
+    params = torch_names.from_torch(arrays)
+    assert sorted(params) == ["hidden_0", "hidden_1", "norm_0", "norm_1", "output"]
+    np.testing.assert_array_equal(params["hidden_0"]["kernel"], kernel.T)
+    np.testing.assert_array_equal(params["hidden_0"]["bias"], kernel)
+
+
+@pytest.mark.parametrize(("remove", "add"), [("2.scale", None), (None, "2.weight"), (None, "log_std")])
+def test_from_torch_names_what_does_not_fit(remove, add):
+    arrays = {name: np.zeros(2) for name in torch_names.names(2, 1).values()}
+    if remove:
+        del arrays[remove]
+    if add:
+        arrays[add] = np.zeros(2)
+    with pytest.raises(ValueError, match=f"not known: {remove or add}"):
+        torch_names.from_torch(arrays)
 
 
 def test_initialisation():
