@@ -9,6 +9,8 @@ Letters: N capacity, M windows, L window length, H, W, C frame height, width and
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,8 @@ def add(replay: Replay, transition: Transition) -> Replay:
         return jax.lax.dynamic_update_index_in_dim(array, value, position, 0)
 
     zero = jnp.zeros((), jnp.int32)
-    return replay.replace(
+    return dataclasses.replace(
+        replay,
         frames=write(replay.frames, transition.frame),
         actions=write(replay.actions, transition.action),
         rewards=write(replay.rewards, transition.reward),
@@ -145,8 +148,8 @@ def sample_training(
     counters = replay.counters
     logits = dfs.training_logits(counters.trained, config.tau if tau is None else tau)
     slots = _draw(config, replay, key, logits, num, length)
-    counters = counters.replace(trained=dfs.increment(counters.trained, slots))
-    return _ages(replay, slots), replay.replace(counters=counters)
+    counters = dataclasses.replace(counters, trained=dfs.increment(counters.trained, slots))
+    return _ages(replay, slots), dataclasses.replace(replay, counters=counters)
 
 
 def sample_imagination(
@@ -183,8 +186,8 @@ def sample_imagination(
         config.beta,
     )
     slots = _draw(config, replay, key, logits, num, length)
-    counters = counters.replace(imagined=dfs.increment(counters.imagined, slots))
-    return _ages(replay, slots), replay.replace(counters=counters)
+    counters = dataclasses.replace(counters, imagined=dfs.increment(counters.imagined, slots))
+    return _ages(replay, slots), dataclasses.replace(replay, counters=counters)
 
 
 def _draw(config: ReplayConfig, replay: Replay, key: jax.Array, logits: jax.Array, num: int, length: int) -> jax.Array:

@@ -60,7 +60,7 @@ class AleEnv:
         """Everything that later steps depend on, and the last observation; without pickled objects."""
         if self._observation is None:
             raise RuntimeError("call reset() before get_state()")
-        arrays = dict(zip(self._observation._fields, self._observation))
+        arrays: dict[str, Any] = dict(zip(self._observation._fields, self._observation))
         for i, emulator in enumerate(self._emulators):
             arrays[f"emulator{i}"] = np.frombuffer(emulator.get_state(), np.uint8)
         header = {"identity": self._identity, "emulators": [emulator.variables() for emulator in self._emulators]}
@@ -179,12 +179,12 @@ class _Emulator:
         self._lives = lives
         return Observation(
             frames=self._resize(image),
-            rewards=np.float32(reward),
-            terminals=np.bool_(terminal),
-            last=np.bool_(over or truncated),
-            truncated=np.bool_(truncated),
-            first=np.bool_(first),
-            lives=np.int32(lives),
+            rewards=np.asarray(reward, np.float32),
+            terminals=np.asarray(terminal),
+            last=np.asarray(over or truncated),
+            truncated=np.asarray(truncated),
+            first=np.asarray(first),
+            lives=np.asarray(lives, np.int32),
         )
 
 
