@@ -1,0 +1,106 @@
+"""A whole training run as one jitted function: environment, replay, acting and learning inside `jax.lax.scan`.
+
+For environments written in JAX. Nothing crosses to the host until the run is over, and `jax.vmap` over the key is a
+run of many seeds.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from drama_jax import agent
+from drama_jax.agent import Acting, AgentState, Metrics
+from drama_jax.config import AgentConfig, ConfigError
+from drama_jax.envs.jax_env import JaxEnv, JaxEnvState
+from drama_jax.replay import Transition
+
+
+@flax.struct.dataclass
+class Loop:
+    """What one step of the run hands to the next."""
+
+    agent: AgentState
+    acting: Acting  # one environment
+    env: JaxEnvState
+    key: jax.Array  # [] PRNG key
+    episode_return: jax.Array  # [] float32, of the running episode so far
+
+
+@flax.struct.dataclass
+class History:
+    """What happened, one entry per agent step."""
+
+    rewards: jax.Array  # [steps] float32
+    lasts: jax.Array  # [steps] bool, the step ended an episode
+    returns: jax.Array  # [steps] float32, undiscounted return up to and including the step
+
+
+@functools.partial(jax.jit, static_argnames=("config", "env", "steps"))
+def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tuple[AgentState, History, Metrics]:
+    """Trains an agent from scratch.
+
+    The first `config.warmup_steps` steps are uniformly random and train nothing; each later one is followed by an
+    update.
+
+    Args:
+      config: the agent; static.
+      env: the environment; static.
+      key: consumed; decides everything.
+      steps: agent steps in all; static.
+
+    Returns:
+      The trained agent, the history of the run, and the metrics of every update ([steps - warmup_steps] each).
+
+    Raises:
+      ConfigError: if the agent's frames are not the environment's.
+    """
+    expected = config.world_model.autoencoder.image_shape
+    if env.image_shape != expected:
+        raise ConfigError(f"the agent sees frames of shape {expected}, but the environment shows {env.image_shape}")
+    key, agent_key, env_key = jax.random.split(key, 3)
+    state = agent.init(agent_key, config, env.num_actions)
+    loop = Loop(
+        agent=state,
+        acting=agent.initial_acting(state, 1),
+        env=env.reset(env_key),
+        key=key,
+        episode_return=jnp.zeros((), jnp.float32),
+    )
+    warmup = min(steps, config.warmup_steps)
+    loop, before = jax.lax.scan(functools.partial(_random_step, env), loop, length=warmup)
+    # The random steps of a running episode are not in the policy's context, which starts here.
+    loop, (after, metrics) = jax.lax.scan(functools.partial(_training_step, env), loop, length=steps - warmup)
+    history = jax.tree.map(lambda *parts: jnp.concatenate(parts), before, after)
+    return loop.agent, history, metrics
+
+
+def _random_step(env: JaxEnv, loop: Loop, _: None) -> tuple[Loop, History]:
+    key, action_key, env_key = jax.random.split(loop.key, 3)
+    action = jax.random.randint(action_key, (), 0, env.num_actions)
+    loop, transition, history = _play(env, loop.replace(key=key), action, env_key)
+    return loop.replace(agent=agent.observe(loop.agent, transition)), history
+
+
+def _training_step(env: JaxEnv, loop: Loop, _: None) -> tuple[Loop, tuple[History, Metrics]]:
+    key, action_key, env_key = jax.random.split(loop.key, 3)
+    frames, first = loop.env.frame[None], loop.env.first[None]
+    actions, acting = agent.act(loop.agent, loop.acting, frames, action_key, first)
+    loop, transition, history = _play(env, loop.replace(key=key, acting=acting), actions[0], env_key)
+    state, metrics = agent.update(loop.agent, transition)
+    return loop.replace(agent=state), (history, metrics)
+
+
+def _play(env: JaxEnv, loop: Loop, action: jax.Array, key: jax.Array) -> tuple[Loop, Transition, History]:
+    """Plays one action and keeps the books."""
+    before = loop.env
+    after, outcome = env.step(before, action, key)
+    transition = Transition(
+        frame=before.frame, action=action, reward=outcome.reward, terminal=outcome.terminal, first=before.first
+    )
+    total = loop.episode_return + outcome.reward
+    loop = loop.replace(env=after, episode_return=jnp.where(outcome.last, 0.0, total))
+    return loop, transition, History(rewards=outcome.reward, lasts=outcome.last, returns=total)
