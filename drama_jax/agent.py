@@ -86,9 +86,7 @@ def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
     key, model_key, behaviour_key = jax.random.split(key, 3)
     return AgentState(
         world_model=world_model.init(model_key, config.world_model, num_actions),
-        behaviour=actor_critic.init(
-            behaviour_key, config.behaviour, config.world_model.feature_size, num_actions
-        ),
+        behaviour=actor_critic.init(behaviour_key, config.behaviour, config.world_model.feature_size, num_actions),
         replay=replay.init(config.replay, config.world_model.autoencoder.image_shape),
         hyper=Hyper(
             world_model_learning_rate=jnp.asarray(config.world_model.optimizer.learning_rate, jnp.float32),
@@ -105,7 +103,7 @@ def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
 
 def observe(state: AgentState, transition: Transition) -> AgentState:
     """Appends a step to the replay without training, as before the first update."""
-    return state.replace(replay=replay.add(state.replay, transition))
+    return dataclasses.replace(state, replay=replay.add(state.replay, transition))
 
 
 def update(state: AgentState, transition: Transition) -> tuple[AgentState, Metrics]:
@@ -146,7 +144,7 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
         learning_rate=state.hyper.world_model_learning_rate,
     )
     metrics = {f"world_model/{name}": value for name, value in metrics.items()}
-    return state.replace(world_model=model, replay=memory, key=key), metrics
+    return dataclasses.replace(state, world_model=model, replay=memory, key=key), metrics
 
 
 def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
@@ -166,7 +164,7 @@ def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
     behaviour, metrics = actor_critic.update(
         config.behaviour,
         config.fidelity,
-        state.behaviour.replace(normaliser=normaliser),
+        dataclasses.replace(state.behaviour, normaliser=normaliser),
         imagined.features,
         imagined.actions,
         imagined.rewards,
@@ -174,8 +172,7 @@ def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
         learning_rate=state.hyper.behaviour_learning_rate,
         entropy_scale=state.hyper.entropy_scale,
     )
-    metrics = {f"actor_critic/{name}": value for name, value in metrics.items()}
-    return state.replace(behaviour=behaviour, replay=memory, key=key), metrics
+    return dataclasses.replace(state, behaviour=behaviour, replay=memory, key=key), metrics
 
 
 def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:
@@ -223,9 +220,7 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     def model(carry: Any, output: Any, action: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         recurrent, normaliser = carry
         latent, _ = output
-        hidden, recurrent = world_model.step(
-            wm, params, recurrent, latent, action, num_actions=state.num_actions
-        )
+        hidden, recurrent = world_model.step(wm, params, recurrent, latent, action, num_actions=state.num_actions)
         latent = sample_latent(state, key, world_model.prior(wm, params, hidden))
         return (recurrent, normaliser), (latent, hidden)
 

@@ -77,7 +77,9 @@ def _world_model(groups: dict[str, dict[str, np.ndarray]]) -> tuple[Tree, Tree]:
     if "image_decoder" in groups:
         params["decoder"], batch_stats["decoder"] = _decoder(groups["image_decoder"])
     if "sequence_model" in groups:
-        params["backbone"] = backbone_names.from_torch(groups["sequence_model"])
+        group = groups["sequence_model"]
+        layers = {match[1] for name in group if (match := re.match(r"backbone\.layers\.(\d+)\.", name))}
+        params["backbone"] = backbone_names.from_torch(group, num_layers=len(layers), prefix="backbone.")
     for ours, theirs in (("reward_head", "reward_decoder"), ("termination_head", "termination_decoder")):
         if theirs in groups:
             params[ours] = {

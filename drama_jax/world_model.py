@@ -18,7 +18,7 @@ import optax
 
 from drama_jax import backbones, distributions, optim, vae
 from drama_jax.config import WorldModelConfig
-from drama_jax.nn import depth_to_space, space_to_depth
+from drama_jax.nn import depth_to_space, rms_norm, space_to_depth
 from drama_jax.precision import at_least_float32
 from drama_jax.replay import Batch
 
@@ -63,8 +63,8 @@ class Head(nn.Module):
         def dense(units: int, name: str) -> nn.Dense:
             return nn.Dense(units, dtype=self.dtype, param_dtype=params, kernel_init=vae.weight_init, name=name)
 
-        x = dense(self.units, "hidden")(x)
-        x = nn.silu(nn.RMSNorm(epsilon=1e-6, dtype=params, param_dtype=params, name="norm")(x))
+        x = dense(self.units, "hidden")(x).astype(params)
+        x = nn.silu(rms_norm(1e-6, params, name="norm")(x))
         return dense(self.outputs, "output")(x.astype(self.dtype)).astype(params)
 
 
@@ -212,9 +212,7 @@ def forward(
     latent = distributions.straight_through(log_posterior, gumbel).reshape(-1, ae.latent_size).astype(dtype)
     reconstruction, batch_stats = vae.decode(ae, params, batch_stats, latent, train=True, dtype=dtype)
     latent = latent.reshape(*lead, -1)
-    features, _ = observe(
-        config, params, latent, batch.actions, num_actions=num_actions, segment_ids=segment_ids
-    )
+    features, _ = observe(config, params, latent, batch.actions, num_actions=num_actions, segment_ids=segment_ids)
     return Forward(
         embedding=embedding.reshape(*lead, -1),
         posterior=log_posterior,

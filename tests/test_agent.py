@@ -142,7 +142,9 @@ def context(state, starts=(0, 1, 2, 3)):
 def test_imagined_reward_is_what_the_action_caused(filled, imagine):
     """Entry i of the aligned reward is entry i + 1 of the released one: same key, same rollout."""
     released = filled(REFERENCE).replace(
-        config=dataclasses.replace(REFERENCE, fidelity=dataclasses.replace(REFERENCE.fidelity, reward_follows_action=True))
+        config=dataclasses.replace(
+            REFERENCE, fidelity=dataclasses.replace(REFERENCE.fidelity, reward_follows_action=True)
+        )
     )
     early, _ = imagine(filled(REFERENCE), context(filled()), jax.random.key(3))
     aligned, _ = imagine(released, context(filled()), jax.random.key(3))

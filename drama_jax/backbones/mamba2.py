@@ -19,6 +19,7 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax.config import BackboneConfig
+from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import segment_index, ssd, ssd_step
 
@@ -56,7 +57,7 @@ class Mamba2Backbone(nn.Module):
         wide = at_least_float32(self.dtype)
         self.stem = Stem(self.config.width, self.num_actions, self.dtype)
         self.layers = [Block(self.config, self.dtype) for _ in range(self.config.num_layers)]
-        self.norm_f = _rms_norm(_BLOCK_EPS, wide)
+        self.norm_f = rms_norm(_BLOCK_EPS, wide)
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """The state before the first step of an episode: zeros."""
@@ -140,7 +141,7 @@ class Stem(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.width,), wide)
         embedded = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
         x = embedded + _rows(kernel[size:].astype(wide), action) + bias.astype(wide)
-        return nn.silu(_rms_norm(_STEM_EPS, wide, name="norm")(x))
+        return nn.silu(rms_norm(_STEM_EPS, wide, name="norm")(x))
 
 
 class Block(nn.Module):
@@ -151,7 +152,7 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         """Declares the sub-modules."""
-        self.norm = _rms_norm(_BLOCK_EPS, at_least_float32(self.dtype))
+        self.norm = rms_norm(_BLOCK_EPS, at_least_float32(self.dtype))
         self.mixer = Mamba2Mixer(self.config, self.dtype)
 
     def __call__(
@@ -181,7 +182,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = self.param("dt_bias", _init_dt_bias, (c.num_heads,), wide)
         self.A_log = self.param("A_log", _init_log_decay, (c.num_heads,), wide)
         self.D = self.param("D", nn.initializers.ones, (c.num_heads,), wide)
-        self.norm = _rms_norm(_BLOCK_EPS, wide)
+        self.norm = rms_norm(_BLOCK_EPS, wide)
         self.out_proj = dense(c.width, kernel_init=_uniform_fan_in(1.0 / c.num_layers))
 
     def __call__(
@@ -301,11 +302,6 @@ def _rows_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> t
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
-
-
-def _rms_norm(epsilon: float, dtype: jax.typing.DTypeLike, name: str | None = None) -> nn.RMSNorm:
-    # The inputs are in `dtype` already; flax's own promotion refuses float64 under strict dtype promotion.
-    return nn.RMSNorm(epsilon, dtype=dtype, param_dtype=dtype, force_float32_reductions=False, name=name)
 
 
 def _check_inputs(latent: jax.Array, action: jax.Array, rank: int) -> None:

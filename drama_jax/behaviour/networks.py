@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from drama_jax.config import BehaviourConfig
+from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
 
 HIDDEN_GAIN = 2**0.5
@@ -42,9 +43,7 @@ class MLP(nn.Module):
         x = x.astype(self.dtype)
         for i in range(self.layers):
             x = dense(self.units, HIDDEN_GAIN, f"hidden_{i}")(x).astype(wide)
-            # The input is wide already; flax's own widening refuses float64 under strict dtype promotion.
-            norm = nn.RMSNorm(1e-6, dtype=wide, param_dtype=wide, force_float32_reductions=False, name=f"norm_{i}")
-            x = nn.silu(norm(x)).astype(self.dtype)
+            x = nn.silu(rms_norm(1e-6, wide, name=f"norm_{i}")(x)).astype(self.dtype)
         return dense(self.outputs, OUTPUT_GAIN, "output")(x).astype(wide)
 
 

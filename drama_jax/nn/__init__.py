@@ -9,6 +9,7 @@ from drama_jax.nn.convolution import (
     depth_to_space,
     space_to_depth,
 )
+from drama_jax.nn.rms_norm import rms_norm
 
 __all__ = [
     "BatchNorm",
@@ -17,5 +18,6 @@ __all__ = [
     "conv_transpose_stride1",
     "conv_transpose_stride2",
     "depth_to_space",
+    "rms_norm",
     "space_to_depth",
 ]

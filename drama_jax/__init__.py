@@ -1,0 +1,45 @@
+"""Drama (arXiv 2410.08893) in JAX: a Mamba-2 world model that learns Atari from 100k steps.
+
+The modules are the interface; each works alone:
+
+* `agent`: `init`, `act`, `update`, the whole learner as pure functions of one state;
+* `ssd`: the state-space-duality scan of Mamba-2 with resets; `backbones`: sequence models built on it;
+* `vae`, `world_model`, `imagination`, `behaviour`: the learner's parts; `replay`, `dfs`: its memory and sampler;
+* `interop`: weights of the released PyTorch code; `config`: every setting.
+
+`drama_jax.envs` and `drama_jax.training` need the extra `drama_jax[experiments]` and are not imported here.
+"""
+
+from drama_jax import (
+    agent,
+    backbones,
+    behaviour,
+    config,
+    dfs,
+    distributions,
+    imagination,
+    interop,
+    nn,
+    optim,
+    replay,
+    ssd,
+    vae,
+    world_model,
+)
+
+__all__ = [
+    "agent",
+    "backbones",
+    "behaviour",
+    "config",
+    "dfs",
+    "distributions",
+    "imagination",
+    "interop",
+    "nn",
+    "optim",
+    "replay",
+    "ssd",
+    "vae",
+    "world_model",
+]
