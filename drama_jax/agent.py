@@ -230,6 +230,7 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
         ((recurrent, state.behaviour.normaliser), (latent, hidden)),
         config.imagination.horizon,
         rollout_key,
+        unroll=config.imagination.unroll,
     )
     latents, hiddens = jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory.outputs)
     # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).

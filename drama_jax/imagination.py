@@ -30,7 +30,13 @@ class Trajectory:
 
 
 def rollout(
-    model: Model, policy: Policy, start: tuple[Carry, Output], horizon: int, key: jax.Array
+    model: Model,
+    policy: Policy,
+    start: tuple[Carry, Output],
+    horizon: int,
+    key: jax.Array,
+    *,
+    unroll: int = 1,
 ) -> tuple[Trajectory, Carry]:
     """Alternates policy and model for `horizon` steps as one `lax.scan`.
 
@@ -41,6 +47,7 @@ def rollout(
       start: carry and output from which to begin.
       horizon: number of steps, static.
       key: consumed.
+      unroll: steps per iteration of the compiled loop, see `jax.lax.scan`.
 
     Returns:
       The trajectory, time-major, and the final carry.
@@ -53,6 +60,6 @@ def rollout(
         return (carry, following), (output, action)
 
     keys = jax.random.split(key, (horizon, 2))
-    (carry, last), (outputs, actions) = jax.lax.scan(body, start, keys)
+    (carry, last), (outputs, actions) = jax.lax.scan(body, start, keys, unroll=unroll)
     outputs = jax.tree.map(lambda before, end: jnp.concatenate([before, end[None]]), outputs, last)
     return Trajectory(outputs, actions), carry

@@ -30,7 +30,7 @@ CONFIG = AgentConfig(
         batch_length=8,
         compute_dtype="float32",
     ),
-    imagination=ImaginationConfig(batch_size=4, context_length=3, horizon=4),
+    imagination=ImaginationConfig(batch_size=4, context_length=3, horizon=4, unroll=1),
     behaviour=BehaviourConfig(
         actor_layers=1, actor_units=16, critic_layers=1, critic_units=16, compute_dtype="float32"
     ),

@@ -67,11 +67,20 @@ def conv_transpose_stride1(phases: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    """Plain 3x3 convolution, stride 1, zero padding: [N, h, w, I] and [3, 3, I, O] -> [N, h, w, O]."""
+    out_channels = kernel.shape[-1]
+    if x.dtype == jnp.bfloat16:
+        # Tensor cores take channels in eights. Padded here, the zeros are written by whatever kernel produces `x`;
+        # left to cuDNN, it copies whole tensors before and after.
+        missing_in, missing_out = -x.shape[-1] % 8, -out_channels % 8
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing_in)))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing_in), (0, missing_out)))
+    y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y[..., :out_channels]
 
 
 def _cells(kernel: jax.Array) -> jax.Array:
-    """Kernel rows and columns split into (cell, phase): [5, 5, I, O] -> [3, 2, 3, 2, I, O], index k = 2 cell + phase."""
+    """Rows and columns split into (cell, phase): [5, 5, I, O] -> [3, 2, 3, 2, I, O], index k = 2 cell + phase."""
     in_channels, out_channels = kernel.shape[2:]
     padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     return padded.reshape(3, 2, 3, 2, in_channels, out_channels)

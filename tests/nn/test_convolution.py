@@ -16,7 +16,7 @@ def direct(x, kernel, stride):
 
 
 def direct_transposed(x, kernel, stride):
-    """PyTorch's ConvTranspose2d(k=5, padding=2, output_padding=stride-1): dilate the input, correlate with the mirror."""
+    """PyTorch's ConvTranspose2d(5, padding=2, output_padding=stride-1): dilate the input, correlate with the mirror."""
     high = 2 + stride - 1
     return lax.conv_general_dilated(
         x, kernel[::-1, ::-1], (1, 1), [(2, high), (2, high)], lhs_dilation=(stride, stride), dimension_numbers=DIMS
@@ -81,3 +81,12 @@ def test_space_to_depth_round_trip_and_order():
     phases = nn.space_to_depth(x)
     np.testing.assert_array_equal(nn.depth_to_space(phases), x)
     np.testing.assert_array_equal(phases[0, 1, 2].reshape(2, 2, 3), x[0, 2:4, 4:6])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_pads_channels_without_a_trace(form):
+    """The padding of channels to eights changes neither shapes nor values."""
+    ours, oracle = FORMS[form]
+    x, kernel = (jnp.round(4 * a.astype(jnp.float32)).astype(jnp.bfloat16) for a in inputs(size=4))
+    expected = oracle(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    np.testing.assert_allclose(ours(x, kernel).astype(jnp.float32), expected, rtol=1 / 128)
