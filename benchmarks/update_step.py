@@ -9,6 +9,7 @@ calls as the training loop does. Frames are random; the time does not depend on 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import time
@@ -30,7 +31,8 @@ def filled_state(config: Any, stored: int) -> agent.AgentState:
     state = jax.jit(agent.init, static_argnums=(1, 2))(jax.random.key(0), config, ACTIONS)
     rng = np.random.default_rng(0)
     n = state.replay.capacity
-    memory = state.replay.replace(
+    memory = dataclasses.replace(
+        state.replay,
         frames=jax.random.bits(jax.random.key(1), state.replay.frames.shape, jnp.uint8),
         actions=jnp.asarray(rng.integers(0, ACTIONS, n), jnp.int32),
         rewards=jnp.asarray(rng.integers(0, 2, n), jnp.float32),
@@ -38,7 +40,7 @@ def filled_state(config: Any, stored: int) -> agent.AgentState:
         position=jnp.asarray(stored % n, jnp.int32),
         size=jnp.asarray(stored, jnp.int32),
     )
-    return state.replace(replay=memory)
+    return dataclasses.replace(state, replay=memory)
 
 
 def stages(state: agent.AgentState) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def from_torch(arrays: Arrays) -> Tree:
     if set(groups) & known:
         variables["params"], variables["batch_stats"] = _world_model(groups)
     for name in agent & set(groups):
-        variables[name] = behaviour_names.from_torch({key: value for key, value in groups[name].items()})
+        variables[name] = behaviour_names.from_torch(groups[name])
     return variables
 
 

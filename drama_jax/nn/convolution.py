@@ -80,7 +80,7 @@ def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _cells(kernel: jax.Array) -> jax.Array:
-    """Rows and columns split into (cell, phase): [5, 5, I, O] -> [3, 2, 3, 2, I, O], index k = 2 cell + phase."""
+    """Rows and columns into (cell, phase): [5, 5, I, O] -> [3, 2, 3, 2, I, O], index k = 2 cell + phase."""
     in_channels, out_channels = kernel.shape[2:]
     padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     return padded.reshape(3, 2, 3, 2, in_channels, out_channels)

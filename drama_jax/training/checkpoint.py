@@ -6,10 +6,12 @@ written to a temporary directory and renamed, so a reader sees a whole checkpoin
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from drama_jax.config import ConfigError
@@ -28,7 +30,7 @@ class Checkpoints:
         """Saves `state` (an `AgentState`) less its replay; returns when it is on disk."""
         import orbax.checkpoint as ocp
 
-        self._manager.save(step, args=ocp.args.StandardSave(_to_host(state.replace(replay=None))))
+        self._manager.save(step, args=ocp.args.StandardSave(_to_host(dataclasses.replace(state, replay=None))))
 
     def close(self) -> None:
         """Frees what the manager holds."""
@@ -48,11 +50,11 @@ def restore(directory: pathlib.Path, state: State, step: int | None = None) -> S
     """
     import orbax.checkpoint as ocp
 
-    template = state.replace(replay=None)  # type: ignore[attr-defined]
+    template = dataclasses.replace(state, replay=None)  # type: ignore[type-var]
     with _manager(directory) as manager:
         saved = manager.restore(_step(directory, manager, step), args=ocp.args.StandardRestore(_to_host(template)))
     restored = jax.tree.map(_from_host, template, saved)
-    return restored.replace(replay=state.replay)  # type: ignore[attr-defined]
+    return dataclasses.replace(restored, replay=state.replay)  # type: ignore[type-var, attr-defined]
 
 
 def load_weights(directory: pathlib.Path, step: int | None = None) -> dict[str, Any]:
@@ -100,5 +102,5 @@ def _to_host(tree: Any) -> Any:
 
 def _from_host(template: Any, saved: np.ndarray) -> jax.Array:
     if _is_key(template):
-        return jax.random.wrap_key_data(saved, impl=jax.random.key_impl(template))
-    return jax.numpy.asarray(saved)
+        return jax.random.wrap_key_data(jnp.asarray(saved), impl=jax.random.key_impl(template))
+    return jnp.asarray(saved)

@@ -6,6 +6,7 @@ run of many seeds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -81,17 +82,17 @@ def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tupl
 def _random_step(env: JaxEnv, loop: Loop, _: None) -> tuple[Loop, History]:
     key, action_key, env_key = jax.random.split(loop.key, 3)
     action = jax.random.randint(action_key, (), 0, env.num_actions)
-    loop, transition, history = _play(env, loop.replace(key=key), action, env_key)
-    return loop.replace(agent=agent.observe(loop.agent, transition)), history
+    loop, transition, history = _play(env, dataclasses.replace(loop, key=key), action, env_key)
+    return dataclasses.replace(loop, agent=agent.observe(loop.agent, transition)), history
 
 
 def _training_step(env: JaxEnv, loop: Loop, _: None) -> tuple[Loop, tuple[History, Metrics]]:
     key, action_key, env_key = jax.random.split(loop.key, 3)
     frames, first = loop.env.frame[None], loop.env.first[None]
     actions, acting = agent.act(loop.agent, loop.acting, frames, action_key, first)
-    loop, transition, history = _play(env, loop.replace(key=key, acting=acting), actions[0], env_key)
+    loop, transition, history = _play(env, dataclasses.replace(loop, key=key, acting=acting), actions[0], env_key)
     state, metrics = agent.update(loop.agent, transition)
-    return loop.replace(agent=state), (history, metrics)
+    return dataclasses.replace(loop, agent=state), (history, metrics)
 
 
 def _play(env: JaxEnv, loop: Loop, action: jax.Array, key: jax.Array) -> tuple[Loop, Transition, History]:
@@ -102,5 +103,5 @@ def _play(env: JaxEnv, loop: Loop, action: jax.Array, key: jax.Array) -> tuple[L
         frame=before.frame, action=action, reward=outcome.reward, terminal=outcome.terminal, first=before.first
     )
     total = loop.episode_return + outcome.reward
-    loop = loop.replace(env=after, episode_return=jnp.where(outcome.last, 0.0, total))
+    loop = dataclasses.replace(loop, env=after, episode_return=jnp.where(outcome.last, 0.0, total))
     return loop, transition, History(rewards=outcome.reward, lasts=outcome.last, returns=total)
