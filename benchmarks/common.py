@@ -57,8 +57,10 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def write_result(benchmark: str, rows: list[dict[str, Any]], directory: pathlib.Path | None = None) -> dict[str, Any]:
-    """Prints the result as JSON and writes `<benchmark>-<device>.json` to `directory` (default benchmarks/results)."""
+def write_result(
+    benchmark: str, rows: list[dict[str, Any]], directory: pathlib.Path | None = None, *, show: bool = True
+) -> dict[str, Any]:
+    """Writes `<benchmark>-<device>.json` to `directory` (default benchmarks/results), and prints it if `show`."""
     result = {
         "benchmark": benchmark,
         "device": device_name(),
@@ -71,5 +73,6 @@ def write_result(benchmark: str, rows: list[dict[str, Any]], directory: pathlib.
     directory.mkdir(parents=True, exist_ok=True)
     name = device_name().lower().replace(" ", "-")
     (directory / f"{benchmark}-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    if show:
+        print(json.dumps(result, indent=1))
     return result

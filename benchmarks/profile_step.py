@@ -2,7 +2,7 @@
 
     python -m benchmarks.profile_step --preset xs
 
-Prints a table of kernels by total time, and writes it as JSON with the number of launches per step.
+Prints kernels by total time and time by part of the program, and writes both as JSON with the launches per step.
 """
 
 from __future__ import annotations
@@ -19,24 +19,59 @@ import jax
 from benchmarks import common, update_step
 from drama_jax.config import PRESETS, preset
 
+PARTS = {
+    # First match wins; the patterns are parts of jax's operation names.
+    "encoder, training forward": r"jvp\(Encoder\)",
+    "encoder, training backward": r"transpose\(jvp\(Encoder",
+    "decoder, training forward": r"jvp\(Decoder\)",
+    "decoder, training backward": r"transpose\(jvp\(Decoder",
+    "encoder, context frames": r"/Encoder/|conv3x3_silu",
+    "backbone, training forward": r"jvp\(Mamba2Backbone\)",
+    "backbone, training backward": r"transpose\(jvp\(Mamba2Backbone",
+    "backbone, context and imagination": r"Mamba2Backbone",
+    "actor and critic, training": r"jvp\(MLP\)|transpose\(jvp\(MLP",
+    "actor in imagination": r"/MLP",
+    "top-k of the sampler": r"top_k",
+    "random numbers": r"gumbel|random|threefry|categorical",
+}
 
-def kernel_rows(trace: pathlib.Path, steps: int) -> list[dict[str, Any]]:
-    """One row per kernel name of the device planes of a profile, longest first; times are per step."""
-    totals: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+
+def operation_names(compiled: Any) -> dict[str, str]:
+    """Kernel name -> jax operation name, from the compiled program's metadata."""
+    pattern = re.compile(r'%?([\w.\-]+) = .*?metadata=\{[^}]*op_name="([^"]*)"')
+    return {name.replace(".", "_").replace("-", "_"): op for name, op in pattern.findall(compiled.as_text())}
+
+
+def kernel_rows(trace: pathlib.Path, steps: int, operations: dict[str, str]) -> list[dict[str, Any]]:
+    """One row per kernel of the device's streams, longest first; times are per step."""
+    totals: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     (path,) = trace.rglob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         if "/device:" not in plane.name:
             continue
-        for line in plane.lines:
-            if "Stream" not in line.name:
-                continue
+        for line in (line for line in plane.lines if "Stream" in line.name):
             for event in line.events:
-                stats = dict(event.stats)
-                scope = str(stats.get("name", stats.get("tf_op", "")))
-                key = f"{event.name} @ {scope}" if scope else event.name
-                totals[key][0] += event.duration_ns / 1e6 / steps
-                totals[key][1] += 1 / steps
-    rows = [{"kernel": name, "ms": ms, "launches": launches} for name, (ms, launches) in totals.items()]
+                stats = {key: str(value) for key, value in event.stats}
+                operation = operations.get(stats.get("hlo_op", event.name).replace(".", "_"), stats.get("name", ""))
+                total = totals[event.name, operation]
+                total[0] += event.duration_ns / 1e6 / steps
+                total[1] += 1 / steps
+    rows = [
+        {"name": name, "operation": operation, "ms": round(ms, 4), "launches": round(launches, 2)}
+        for (name, operation), (ms, launches) in totals.items()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def part_rows(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The kernels grouped by `PARTS`, longest first."""
+    totals: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for row in kernels:
+        text = f"{row['operation']} {row['name']}"
+        part = next((part for part, pattern in PARTS.items() if re.search(pattern, text)), "everything else")
+        totals[part][0] += row["ms"]
+        totals[part][1] += row["launches"]
+    rows = [{"part": part, "ms": ms, "launches": launches} for part, (ms, launches) in totals.items()]
     return sorted(rows, key=lambda row: -row["ms"])
 
 
@@ -45,13 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="xs")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--top", type=int, default=70)
+    parser.add_argument("--top", type=int, default=25, help="kernels printed")
     parser.add_argument("--stored", type=int, default=20_000)
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
     config = preset(arguments.preset).agent
     state = update_step.filled_state(config, min(arguments.stored, config.replay.capacity))
-    update = update_step.stages(state)["environment_step"]
+    update = update_step.stages(state)["environment_step"].lower(state).compile()
     for _ in range(3):
         state, metrics = update(state)
     jax.block_until_ready(metrics)
@@ -60,14 +95,16 @@ def main() -> None:
             for _ in range(arguments.steps):
                 state, metrics = update(state)
             jax.block_until_ready(metrics)
-        rows = kernel_rows(pathlib.Path(folder), arguments.steps)
-    total, launches = sum(row["ms"] for row in rows), sum(row["launches"] for row in rows)
+        kernels = kernel_rows(pathlib.Path(folder), arguments.steps, operation_names(update))
+    parts = part_rows(kernels)
+    total, launches = sum(row["ms"] for row in kernels), sum(row["launches"] for row in kernels)
     print(f"{total:.2f} ms of kernels, {launches:.0f} launches per step")
-    for row in rows[: arguments.top]:
-        name = re.sub(r"\s+", " ", row["kernel"])
-        print(f"{row['ms']:8.3f} ms {row['launches']:6.1f} x  {name[:170]}")
+    for row in parts:
+        print(f"{row['ms']:8.3f} ms {row['launches']:7.1f} x  {row['part']}")
+    for row in kernels[: arguments.top]:
+        print(f"{row['ms']:8.3f} ms {row['launches']:7.1f} x  {row['name'][:60]}  {row['operation'][-90:]}")
     summary = {"name": "profile", "preset": arguments.preset, "kernel_ms": total, "launches": launches}
-    common.write_result("profile_step", [summary, *rows[: arguments.top]], arguments.out)
+    common.write_result("profile_step", [summary, *parts, *kernels], arguments.out, show=False)
 
 
 if __name__ == "__main__":

@@ -20,26 +20,23 @@ from drama_jax import distributions
 from drama_jax.config import AutoencoderConfig
 from drama_jax.nn import (
     BatchNorm,
-    conv_stride1,
-    conv_stride2,
+    conv3x3,
     conv_transpose_stride1,
-    conv_transpose_stride2,
     depth_to_space,
+    fused_convolution,
     space_to_depth,
+    stencil_stride1,
+    stencil_stride2,
+    stencil_transpose_stride2,
 )
 from drama_jax.precision import at_least_float32, widen
 
 Params = Any
 Dtype = Any
 
-CONVOLUTIONS = {
-    "stride1": conv_stride1,
-    "stride2": conv_stride2,
-    "transpose1": conv_transpose_stride1,
-    "transpose2": conv_transpose_stride2,
-}
-PHASES_IN = {"stride1": 4, "stride2": 4, "transpose1": 4, "transpose2": 1}
-PHASES_OUT = {"stride1": 4, "stride2": 1, "transpose1": 4, "transpose2": 4}
+STENCILS = {"stride1": stencil_stride1, "stride2": stencil_stride2, "transpose2": stencil_transpose_stride2}
+PHASES_IN = {"stride1": 4, "stride2": 4, "transpose2": 1}
+PHASES_OUT = {"stride1": 4, "stride2": 1, "transpose2": 4}
 
 weight_init = nn.initializers.variance_scaling(1.0, "fan_avg", "truncated_normal")
 
@@ -64,26 +61,36 @@ class ConvBlock(nn.Module):
     """5x5 convolution, batch normalisation, SiLU; input and output in the layout its kind asks for."""
 
     features: int
-    kind: Literal["stride1", "stride2", "transpose1", "transpose2"]
+    kind: Literal["stride1", "stride2", "transpose2"]
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, to_phases: bool = False) -> jax.Array:
+        """[N, h, w, ..] -> [N, h, w, ..] of `dtype`; `to_phases` turns output pixels into phases for the next layer."""
         params = at_least_float32(self.dtype)
         channels = x.shape[-1] // PHASES_IN[self.kind]
         kernel = self.param("kernel", weight_init, (5, 5, channels, self.features), params)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), params)
         norm = BatchNorm(self.features, PHASES_OUT[self.kind], param_dtype=params, name="norm")
-        convolve = CONVOLUTIONS[self.kind]
+        stencil = STENCILS[self.kind]
         if train:
-            y = convolve(x, kernel.astype(self.dtype))
-            scale, shift = norm(y, bias)
-            y = apply_affine(y, scale, shift)
-        else:
-            scale, shift = norm(None, bias)
-            y = convolve(x, (kernel * scale).astype(self.dtype))
-            y = y.astype(params) + jnp.tile(shift, PHASES_OUT[self.kind])
-        return nn.silu(y).astype(self.dtype)
+            y = conv3x3(x, stencil(kernel.astype(self.dtype)))
+            y = nn.silu(apply_affine(y, *norm(y, bias))).astype(self.dtype)
+            return space_to_depth(y) if to_phases else y
+        scale, shift = norm(None, bias)
+        folded = stencil((kernel * scale).astype(self.dtype))
+        return conv_silu(x, folded, jnp.tile(shift, PHASES_OUT[self.kind]), to_phases=to_phases)
+
+
+def conv_silu(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, to_phases: bool) -> jax.Array:
+    """SiLU(3x3 convolution + bias) in the dtype of `x`: the fused kernel where there is one, else XLA."""
+    missing = -x.shape[-1] % 16
+    if fused_convolution.available(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0)))
+        return fused_convolution.conv3x3_silu(x, kernel, bias, to_phases=to_phases)
+    y = nn.silu(conv3x3(x, kernel).astype(bias.dtype) + bias).astype(x.dtype)
+    return space_to_depth(y) if to_phases else y
 
 
 class Encoder(nn.Module):
@@ -97,7 +104,8 @@ class Encoder(nn.Module):
         first, *rest = self.config.depths
         x = ConvBlock(first, "stride1", self.dtype, name="conv_0")(phases, train)
         for i, depth in enumerate(rest, 1):
-            x = ConvBlock(depth, "stride2", self.dtype, name=f"conv_{i}")(x if i == 1 else space_to_depth(x), train)
+            block = ConvBlock(depth, "stride2", self.dtype, name=f"conv_{i}")
+            x = block(x, train, to_phases=i < len(rest))
         return x.reshape(x.shape[0], -1)
 
 

@@ -44,12 +44,12 @@ def conv_stride2(phases: jax.Array, kernel: jax.Array) -> jax.Array:
       phases: the input in phase layout.
       kernel: [5, 5, C_in, C_out], cross-correlation as in `lax.conv_general_dilated` and PyTorch.
     """
-    return _conv3x3(phases, _gather_phases(kernel))
+    return conv3x3(phases, stencil_stride2(kernel))
 
 
 def conv_stride1(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     """5x5 convolution, stride 1, padding 2: phases [N, h, w, 4 C_in] -> phases [N, h, w, 4 C_out]."""
-    return _conv3x3(phases, _mix_phases(kernel))
+    return conv3x3(phases, stencil_stride1(kernel))
 
 
 def conv_transpose_stride2(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -58,15 +58,15 @@ def conv_transpose_stride2(x: jax.Array, kernel: jax.Array) -> jax.Array:
     The kernel is [5, 5, C_in, C_out] with PyTorch's meaning of `ConvTranspose2d`: each input pixel adds
     `kernel` (not mirrored) times its value to the output.
     """
-    return _conv3x3(x, _scatter_phases(kernel))
+    return conv3x3(x, stencil_transpose_stride2(kernel))
 
 
 def conv_transpose_stride1(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     """Transposed 5x5 convolution, stride 1, padding 2: phases [N, h, w, 4 C_in] -> phases [N, h, w, 4 C_out]."""
-    return _conv3x3(phases, _mix_phases(kernel[::-1, ::-1]))
+    return conv3x3(phases, stencil_transpose_stride1(kernel))
 
 
-def _conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Plain 3x3 convolution, stride 1, zero padding: [N, h, w, I] and [3, 3, I, O] -> [N, h, w, O]."""
     out_channels = kernel.shape[-1]
     if x.dtype == jnp.bfloat16:
@@ -86,21 +86,21 @@ def _cells(kernel: jax.Array) -> jax.Array:
     return padded.reshape(3, 2, 3, 2, in_channels, out_channels)
 
 
-def _gather_phases(kernel: jax.Array) -> jax.Array:
-    """k = 2d + p + 2: [5, 5, I, O] -> [3, 3, 4I, O]."""
+def stencil_stride2(kernel: jax.Array) -> jax.Array:
+    """The 3x3 kernel of `conv_stride2`, k = 2d + p + 2: [5, 5, I, O] -> [3, 3, 4I, O]."""
     in_channels, out_channels = kernel.shape[2:]
     return _cells(kernel).transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * in_channels, out_channels)
 
 
-def _scatter_phases(kernel: jax.Array) -> jax.Array:
-    """k = q - 2d + 2, so cells run backwards: [5, 5, I, O] -> [3, 3, I, 4O]."""
+def stencil_transpose_stride2(kernel: jax.Array) -> jax.Array:
+    """The 3x3 kernel of `conv_transpose_stride2`, k = q - 2d + 2 (cells backwards): [5, 5, I, O] -> [3, 3, I, 4O]."""
     in_channels, out_channels = kernel.shape[2:]
     cells = _cells(kernel)[::-1, :, ::-1]
     return cells.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, in_channels, 4 * out_channels)
 
 
-def _mix_phases(kernel: jax.Array) -> jax.Array:
-    """k = 2d + p - q + 2: [5, 5, I, O] -> [3, 3, 4I, 4O].
+def stencil_stride1(kernel: jax.Array) -> jax.Array:
+    """The 3x3 kernel of `conv_stride1`, k = 2d + p - q + 2: [5, 5, I, O] -> [3, 3, 4I, 4O].
 
     Strided slices instead of a gather: their gradient is a sum of paddings, which XLA fuses into one deterministic
     kernel, where a gather's would be a scatter.
@@ -115,3 +115,8 @@ def _mix_phases(kernel: jax.Array) -> jax.Array:
     phases = [(0, 0), (0, 1), (1, 0), (1, 1)]
     mixed = jnp.stack([jnp.stack([taps(*p, *q) for q in phases]) for p in phases])  # [4, 4, 3, 3, I, O]
     return mixed.transpose(2, 3, 0, 4, 1, 5).reshape(3, 3, 4 * in_channels, 4 * out_channels)
+
+
+def stencil_transpose_stride1(kernel: jax.Array) -> jax.Array:
+    """The 3x3 kernel of `conv_transpose_stride1`, that of the mirrored kernel: [5, 5, I, O] -> [3, 3, 4I, 4O]."""
+    return stencil_stride1(kernel[::-1, ::-1])
