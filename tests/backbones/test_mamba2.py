@@ -146,8 +146,6 @@ def test_sequence_model_bfloat16(golden):
     assert {layer.ssm.dtype for layer in state.layers} == {np.dtype("float32")}
     assert {layer.conv.dtype for layer in state.layers} == {np.dtype(jnp.bfloat16)}
     _assert_close(out, data["Mamba2/out"], 3e-2)
-    gradient = jax.jit(jax.grad(lambda v: jnp.sum(data["w"] * module.apply(v, latent, action)[0])))(variables)
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
 
 
 def test_torch_names_cover_the_released_model_both_ways():
