@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from drama_jax import agent, replay
+from drama_jax import replay
 from drama_jax.config import AgentConfig, ConfigError, RunConfig
 from drama_jax.envs import Env, make_atari
 from drama_jax.envs.games import canonical_game
@@ -58,7 +58,7 @@ def run(options: command_line.Options, config: RunConfig) -> pathlib.Path:
     with contextlib.closing(make_environment(game, config, num_envs=1)) as environment:
         directory = run_directory.create(options.logdir, game, options.preset, config)
         print(f"run directory {directory}", flush=True)
-        state = agent.init(init_key, config.agent, environment.num_actions)
+        state = loop.initial_state(init_key, config.agent, environment.num_actions)
         training = train(options.preset, config, directory, environment, state, train_key)
     returns = evaluate(game, config, directory, training.state, evaluation_key)
     result = scores.summary(game, returns) | {

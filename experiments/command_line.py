@@ -137,11 +137,12 @@ def _resolve(options: AllOptions, base: RunConfig) -> RunConfig:
 
 
 def _one_line(box: str) -> str:
-    """What tyro prints in a box, as one line: the error, and the flags it thinks were meant."""
-    lines = [line.strip("│╭╰╮╯ ") for line in box.splitlines()]
-    sections = "\n".join(line if set(line) - set("─") else "---" for line in lines[1:]).split("---")
-    error = " ".join(sections[0].split())
-    meant = re.findall(r"^--[\w.-]+", "\n".join(sections[1:]), re.MULTILINE) if "Perhaps" in box else []
+    """What tyro prints in a box (Unicode or ASCII), as one line: the error, and the flags it thinks were meant."""
+    lines = [line.strip("│╭╰╮╯|+ ") for line in box.splitlines()[1:]]  # the first line is the title
+    text = "\n".join("\0" if line and not line.strip("─-") else line for line in lines)
+    error, *rest = (section.strip() for section in text.split("\0") if section.strip())
+    error = " ".join(error.split())
+    meant = re.findall(r"^--[\w.-]+", "\n".join(rest), re.MULTILINE) if "Perhaps" in box else []
     return f"{error}; perhaps {' or '.join(meant)}" if meant else f"{error}; see --help"
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from drama_jax import agent, replay
-from drama_jax.config import RunConfig
+from drama_jax.config import AgentConfig, RunConfig
 from drama_jax.envs.base import Env, Observation
 from drama_jax.training.checkpoint import Checkpoints
 from drama_jax.training.logging import MeanMetrics, Progress, Writer, comparison_strip
@@ -56,6 +56,12 @@ class _Pending:
 
 def _transition(*arrays: jax.Array) -> replay.Transition:
     return replay.Transition(*(array[0] for array in arrays))
+
+
+def initial_state(key: jax.Array, config: AgentConfig, num_actions: int) -> Any:
+    """`agent.init` as one compiled program; run once, so that on a CPU it is compiled fast rather than well."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(agent.init, static_argnums=(1, 2), compiler_options=options)(key, config, num_actions)
 
 
 @jax.jit
@@ -139,19 +145,16 @@ class _Loop:
         for step in range(self.config.steps):
             before = time.perf_counter()
             observation = self.step(step, observation)
+            if step + 1 == self.config.steps:
+                self.feed()
             self.record(step + 1)
             if step > self.config.agent.warmup_steps:
                 self.step_seconds.append(time.perf_counter() - before)
                 self.estimate(step + 1)
             self.progress.advance()
-        self.feed()
         jax.block_until_ready(self.state)
-        seconds = time.perf_counter() - start
-        if self.config.steps > 0 and self.checkpoints is not None:
-            self.checkpoints.save(self.config.steps, self.state)
-        self.writer.scalars(self.config.steps, self.metrics.fetch())
         median = 1e3 * float(np.median(self.step_seconds)) if self.step_seconds else None
-        return Training(self.state, self.returns, seconds, median)
+        return Training(self.state, self.returns, time.perf_counter() - start, median)
 
     def step(self, step: int, observation: Observation) -> Observation:
         """One agent step from `observation`; returns the observation to act on next."""
@@ -201,18 +204,17 @@ class _Loop:
         self.episode_return, self.episode_length = 0.0, 0
 
     def record(self, steps_done: int) -> None:
-        """Writes metrics, images and checkpoints where they are due."""
-        logging = self.config.logging
-        if steps_done % logging.metrics_every == 0:
+        """Writes metrics, images and checkpoints where they are due: at intervals and at the end."""
+        logging, end = self.config.logging, steps_done == self.config.steps
+        if end or steps_done % logging.metrics_every == 0:
             values = self.metrics.fetch() | jax.device_get(_sampler_metrics(self.state))
             now = time.perf_counter()
             then, step_then = self.interval_start
             self.interval_start = now, steps_done
             self.writer.scalars(steps_done, {**values, "charts/SPS": (steps_done - step_then) / (now - then)})
-        if steps_done % logging.images_every == 0 and self.fed > self.config.agent.warmup_steps:
+        if (end or steps_done % logging.images_every == 0) and self.fed > self.config.agent.warmup_steps:
             self.images(steps_done)
-        due = steps_done % logging.checkpoint_every == 0 and steps_done < self.config.steps
-        if due and self.checkpoints is not None:
+        if (end or steps_done % logging.checkpoint_every == 0) and self.checkpoints is not None:
             self.checkpoints.save(steps_done, self.state)
 
     def images(self, steps_done: int) -> None:
@@ -220,10 +222,8 @@ class _Loop:
         truth, reconstruction, video = jax.device_get(
             _pictures(self.state, jax.random.fold_in(self.image_key, steps_done))
         )
-        context = self.config.agent.imagination.context_length
-        self.writer.image(
-            steps_done, "world_model/reconstruction", comparison_strip(truth[:, :context], reconstruction)
-        )
+        seen = truth[:, : reconstruction.shape[1]]
+        self.writer.image(steps_done, "world_model/reconstruction", comparison_strip(seen, reconstruction))
         self.writer.image(steps_done, "world_model/imagined_rollout", comparison_strip(truth, video))
 
     def estimate(self, steps_done: int) -> None:

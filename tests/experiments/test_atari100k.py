@@ -1,0 +1,177 @@
+"""The Atari100k entry point: a run from end to end at a very small size, and mistakes that leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from drama_jax.config import AgentConfig, ConfigError, preset
+from drama_jax.training import checkpoint, loop
+from experiments import atari100k
+
+VERY_SMALL = """
+--preset tiny --steps 40 --eval-episodes 3 --compilation-cache None --evaluation.num-envs 2
+--evaluation.max-episode-steps 12 --atari.max-episode-steps 15 --agent.warmup-steps 20 --agent.acting-context 4
+--agent.world-model.batch-size 2 --agent.world-model.batch-length 6 --agent.world-model.backbone.num-layers 1
+--agent.world-model.backbone.chunk-size 8
+--agent.imagination.batch-size 4 --agent.imagination.context-length 2 --agent.imagination.horizon 4
+--agent.behaviour.actor-layers 1 --agent.behaviour.critic-layers 1
+--logging.metrics-every 10 --logging.images-every 30 --logging.checkpoint-every 30
+""".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[pathlib.Path, str, int]:
+    """One very small run of Breakout: its directory, what it printed, and how often the update was traced."""
+    logdir = tmp_path_factory.mktemp("runs")
+    before = loop.update._cache_size()
+    # Most of the time goes into compilation, so compile fast rather than well.
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda *texts, **_: printed.append(" ".join(map(str, texts))))
+        code = atari100k.main(["--game", "breakout", "--logdir", str(logdir), "--seed", "5", *VERY_SMALL])
+    jax.config.update("jax_disable_most_optimizations", False)
+    assert code == 0
+    (directory,) = (logdir / "Breakout" / "tiny").iterdir()
+    return directory, "\n".join(printed), loop.update._cache_size() - before
+
+
+def test_the_update_is_traced_once_per_run(finished):
+    assert finished[2] == 1
+
+
+def test_the_run_directory_is_complete(finished):
+    directory = finished[0]
+    assert directory.name.startswith("seed5-")
+    assert {path.name for path in directory.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "images", "checkpoints", "scores.json"
+    }  # fmt: skip
+    config = json.loads((directory / "config.json").read_text())["config"]
+    assert config["steps"] == 40 and config["agent"]["imagination"]["horizon"] == 4
+    assert {path.name for path in (directory / "images").iterdir()} == {
+        f"world_model-{kind}-{step}.png"
+        for kind in ("reconstruction", "imagined_rollout")
+        for step in ("0000030", "0000040")
+    }
+
+
+def test_the_metrics_show_the_signs_of_failure(finished):
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "replay/size" in line][-1]
+    assert last["step"] == 40 and last["replay/size"] == 40
+    for tag in (
+        "world_model/reconstruction_loss", "world_model/reward_loss", "world_model/termination_loss",
+        "world_model/dynamics_loss", "world_model/dynamics_kl", "world_model/representation_loss",
+        "world_model/representation_kl", "world_model/total_loss", "world_model/grad_norm",
+        "actor_critic/policy_loss", "actor_critic/value_loss", "actor_critic/entropy", "actor_critic/return_scale",
+        "actor_critic/total_loss", "actor_critic/grad_norm", "actor_critic/imagined_reward",
+        "actor_critic/imagined_value", "dfs/trained_q10", "dfs/trained_q50", "dfs/trained_q90", "dfs/trained_max",
+        "dfs/imagined_q10", "dfs/imagined_q50", "dfs/imagined_q90", "dfs/imagined_max", "charts/SPS",
+    ):  # fmt: skip
+        assert np.isfinite(last[tag]), tag
+    events = EventAccumulator(str(finished[0] / "tensorboard")).Reload()
+    assert set(last) - {"step"} <= set(events.Tags()["scalars"])
+    assert set(events.Tags()["images"]) == {"world_model/reconstruction", "world_model/imagined_rollout"}
+    assert "eval/episodic_return" in events.Tags()["scalars"]
+
+
+def test_the_scores_are_written_and_printed(finished):
+    directory, printed, _ = finished
+    result = json.loads((directory / "scores.json").read_text())
+    assert len(result["evaluation_returns"]) == 3
+    assert result["mean"] == np.mean(result["evaluation_returns"])
+    assert result["human_normalised"] == pytest.approx((result["mean"] - 1.7) / (30.5 - 1.7))
+    # Episodes of at most 15 steps: the auto-reset rows are no steps.
+    assert [step for step, _ in result["training_returns"]] == [15, 30]
+    assert (result["game"], result["preset"], result["seed"], result["steps"]) == ("Breakout", "tiny", 5, 40)
+    assert result["ms_per_step"] > 0 and result["wall_clock_s"] > 0 and result["versions"]["jax"] == jax.__version__
+    assert "this run" in printed and "human-normalised" in printed
+
+
+def test_the_checkpoint_holds_the_trained_agent(finished):
+    checkpoints = finished[0] / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["30", "40"]
+    weights = checkpoint.load_weights(checkpoints)
+    assert weights["replay"] is None
+    assert sum(leaf.size for leaf in jax.tree.leaves(weights["world_model"]["params"])) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--game", "Brekout"], "--game: unknown game 'Brekout': did you mean Breakout"),
+        (["--game", "Pong", "--preset", "huge"], "--preset: unknown preset 'huge'"),
+        (["--game", "Pong", "--env-backend", "gym"], "--env-backend"),
+        (["--game", "Pong", "--steps", "-1"], "--steps must be >= 0"),
+        (["--game", "Pong", "--agent.replay.capacity", "50"], "--agent.replay.capacity"),
+        (["--game", "Pong", "--seed", "2147483647"], "--seed must be"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        atari100k.main([*arguments, "--compilation-cache", "None"] if "--preset" not in arguments else arguments) == 2
+    )
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert expected in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_emulator_names_the_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    assert atari100k.main(["--game", "Pong", "--logdir", str(tmp_path / "runs"), "--compilation-cache", "None"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --env-backend envpool: EnvPool is not installed") and error.count("\n") == 1
+    assert "--env-backend ale" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_log_directory_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert atari100k.main(["--game", "Pong", "--logdir", str(tmp_path / "file" / "runs")]) == 2
+    assert "error: --logdir" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert atari100k.main(["--game", "Pong", "--logdir", str(tmp_path / "runs")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_device_too_small_for_the_replay_says_the_bytes():
+    config = AgentConfig()
+    needed = config.replay.capacity * (64 * 64 * 3 + 18) + 8
+    with pytest.raises(ConfigError, match=rf"--agent.replay.capacity 100000: .* {needed:,} bytes .* 999 are free"):
+        atari100k.check_memory(config, {"bytes_limit": 1_000, "bytes_in_use": 1})
+    atari100k.check_memory(config, {"bytes_limit": needed})
+    atari100k.check_memory(config, None)
+
+
+@pytest.mark.parametrize(
+    ("preset_name", "seconds", "left", "expected"),
+    [("xs", 12.0, 98_000, "13.6 days"), ("s", 0.5, 20_000, "2.8 hours"), ("reference", 0.1, 1_000, "1.7 minutes")],
+)
+def test_a_long_run_without_a_gpu_says_how_long_it_takes(preset_name, seconds, left, expected):
+    notice = atari100k.slow_device_notice(preset_name, seconds, left)
+    assert notice is not None and expected in notice and "--preset tiny" in notice
+
+
+def test_a_tiny_run_says_nothing():
+    assert atari100k.slow_device_notice("tiny", 10.0, 10_000) is None
+
+
+def test_the_evaluation_has_its_own_step_limit(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        atari100k, "make_atari", lambda game, atari, **rest: seen.append((atari.max_episode_steps, rest))
+    )
+    config = preset("xs")
+    atari100k.make_environment("Pong", config, num_envs=3, evaluation=True)
+    assert seen == [(27_000, {"num_envs": 3, "image_size": 64, "seed": 1})]

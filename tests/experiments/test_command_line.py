@@ -1,0 +1,114 @@
+"""Flags, presets, overrides, and one-line errors."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from drama_jax.config import PRESETS, ConfigError, preset
+from experiments import command_line
+
+
+def parse(text: str):
+    return command_line.parse(text.split(), "program")
+
+
+@pytest.mark.parametrize("name", ["tiny", "xs", "s", "reference"])
+def test_without_overrides_a_preset_is_what_config_says(name):
+    options, config = parse(f"--game Pong --preset {name}")
+    assert config == preset(name)
+    assert (options.game, options.preset, options.logdir) == ("Pong", name, pathlib.Path("runs"))
+
+
+def test_every_preset_is_offered():
+    assert set(command_line._PRESETS) == set(PRESETS)
+
+
+def test_overrides_are_applied_over_the_preset_wherever_it_stands():
+    _, config = parse("--game Pong --agent.replay.tau 20 --preset=tiny --atari.sticky-actions 0.25")
+    assert config.agent.replay.tau == 20.0 and config.atari.sticky_actions == 0.25
+    assert config.agent.world_model == preset("tiny").agent.world_model
+
+
+def test_every_kind_of_field_can_be_overridden():
+    _, config = parse(
+        "--game Pong --steps 9 --seed 3 --agent.fidelity.no-reset-at-episode-start --logging.no-tensorboard "
+        "--agent.world-model.autoencoder.depths 4 8 16 --agent.behaviour.lambda_ 0.9 --evaluation.num-envs 2 "
+        "--agent.behaviour.optimizer.learning-rate 1e-3 --agent.world-model.compute-dtype float32"
+    )
+    assert (config.steps, config.seed, config.evaluation.num_envs) == (9, 3, 2)
+    assert not config.agent.fidelity.reset_at_episode_start and not config.logging.tensorboard
+    assert config.agent.world_model.autoencoder.depths == (4, 8, 16)
+    assert config.agent.behaviour.lambda_ == 0.9 and config.agent.behaviour.optimizer.learning_rate == 1e-3
+    assert config.agent.world_model.compute_dtype == "float32"
+
+
+def test_plain_flags_reach_the_configuration():
+    options, config = parse(
+        "--game Pong --env-backend ale --eval-episodes 3 --sampler uniform --logdir /tmp/x --compilation-cache None"
+    )
+    assert config.atari.backend == "ale" and config.evaluation.episodes == 3
+    assert config.agent.replay.sampler == "uniform"
+    assert options.logdir == pathlib.Path("/tmp/x") and options.compilation_cache is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "--game is missing"),
+        ("--game", "'--game'"),
+        ("--game Pong --preset huge", "--preset: unknown preset 'huge'; accepted: tiny, xs, s, reference"),
+        ("--game Pong --steps -5", "--steps must be >= 0, got -5"),
+        ("--game Pong --steps many", "--steps"),
+        ("--game Pong --seed -1", "--seed must lie in"),
+        ("--game Pong --env-backend gym", "'--env-backend'. Expected one of ('envpool', 'ale')"),
+        ("--game Pong --sampler best", "'--sampler'. Expected one of ('dfs', 'uniform')"),
+        ("--game Pong --eval-episodes -1", "--eval-episodes must be >= 0, got -1"),
+        ("--game Pong --agent.replay.tau -3", "--agent.replay.tau must be positive, got -3.0"),
+        ("--game Pong --agent.replay.tau nan", "--agent.replay.tau must be positive, got nan"),
+        ("--game Pong --agent.replay.tau x", "--agent.replay.tau"),
+        ("--game Pong --agent.replay.tu 3", "--agent.replay.tu, 3; perhaps --agent.replay.tau"),
+        ("--game Pong --agent.replay.capacity 100", "--agent.replay.capacity must hold the 1033 steps"),
+        ("--game Pong --agent.world-model.batch-size 4000", "--agent.world-model: a batch of 4000 windows"),
+        ("--game Pong --agent.imagination.batch-size 2000", "--agent.imagination: a batch of 2000 windows"),
+        ("--game Pong --agent.world-model.optimizer.b1 2", "--agent.world-model.optimizer.b1 must lie in [0, 1]"),
+        ("--game Pong --agent.behaviour.lambda_ 2", "--agent.behaviour.lambda_ must lie in [0, 1]"),
+        ("--game Pong more", "more"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag(text, expected, capsys):
+    with pytest.raises(ConfigError) as error:
+        parse(text)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value) and "│" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_short_help_fits_on_a_screen(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--preset tiny --help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 50
+    for flag in (
+        "--game",
+        "--preset",
+        "--steps",
+        "--seed",
+        "--logdir",
+        "--env-backend",
+        "--eval-episodes",
+        "--sampler",
+    ):
+        assert flag in shown
+    assert f"(default: {preset('tiny').steps})" in shown
+
+
+def test_the_long_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help-all")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--agent.replay.imagination-tau", "--agent.fidelity.weight-by-survival", "--atari.noop-max"):
+        assert flag in shown

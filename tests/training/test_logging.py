@@ -1,0 +1,93 @@
+"""Metrics, images and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from drama_jax.config import LoggingConfig
+from drama_jax.training.logging import MeanMetrics, Progress, Writer, comparison_strip
+
+
+def test_mean_metrics_start_anew_after_each_fetch():
+    metrics = MeanMetrics()
+    assert metrics.fetch() == {}
+    for value in (1.0, 2.0, 6.0):
+        metrics.add({"a": jnp.float32(value), "b": jnp.float32(-value)})
+    assert metrics.fetch() == {"a": 3.0, "b": -3.0}
+    metrics.add({"a": jnp.float32(5.0), "b": jnp.float32(0.0)})
+    assert metrics.fetch() == {"a": 5.0, "b": 0.0}
+    assert metrics.fetch() == {}
+
+
+def test_scalars_go_to_json_lines_and_tensorboard(tmp_path):
+    with Writer(tmp_path, LoggingConfig()) as writer:
+        writer.scalars(10, {"charts/SPS": 2.5, "world_model/total_loss": np.float32(3.0)})
+        writer.scalars(20, {"charts/SPS": 4.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 10, "charts/SPS": 2.5, "world_model/total_loss": 3.0},
+        {"step": 20, "charts/SPS": 4.0},
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("charts/SPS")] == [(10, 2.5), (20, 4.0)]
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(tmp_path):
+    with Writer(tmp_path, LoggingConfig(tensorboard=False)) as writer:
+        writer.scalars(1, {"a": math.nan, "b": math.inf, "c": 1.0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 1.0}
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_images_are_files_and_events(tmp_path):
+    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    with Writer(tmp_path, LoggingConfig()) as writer:
+        writer.image(5, "world_model/reconstruction", image)
+    with Image.open(tmp_path / "images" / "world_model-reconstruction-0000005.png") as stored:
+        np.testing.assert_array_equal(np.asarray(stored), image)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("world_model/reconstruction")] == [5]
+
+
+def test_a_strip_shows_frames_over_predictions_over_errors():
+    truth = np.array([100, 200], np.uint8).reshape(1, 2, 1, 1, 1)
+    prediction = np.array([0.5, 1.2]).reshape(1, 2, 1, 1, 1)
+    strip = comparison_strip(truth, prediction, gap=1)
+    assert strip.shape == (7, 4, 3) and strip.dtype == np.uint8
+    np.testing.assert_array_equal(strip[0::2, 0::2, 0], [[100, 200], [128, 255], [28, 55], [0, 0]])
+    assert not strip[:, 1::2].any() and not strip[1::2].any()
+
+
+def test_a_strip_keeps_colours_and_separates_sequences():
+    truth = np.zeros((2, 3, 4, 5, 3), np.uint8)
+    truth[1, 2, 3, 4] = (1, 2, 3)
+    strip = comparison_strip(truth, np.zeros(truth.shape), gap=2)
+    height = 3 * (4 + 2) + 2
+    assert strip.shape == (2 * height, 3 * (5 + 2), 3)
+    np.testing.assert_array_equal(strip[height + 3, 2 * 7 + 4], (1, 2, 3))
+
+
+def test_the_progress_bar_shows_step_speed_and_last_return(capsys):
+    progress = Progress(3, True, "training")
+    progress.show(last_return="7")
+    for _ in range(3):
+        progress.advance()
+    progress.say("a message")
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "a message" in shown and "3/3" in shown and "last_return=7" in shown and "step/s" in shown
+
+
+def test_without_a_bar_messages_are_still_shown(capsys):
+    progress = Progress(3, False, "training")
+    progress.advance()
+    progress.show(last_return="7")
+    progress.say("a message")
+    progress.close()
+    assert capsys.readouterr().err == "a message\n"

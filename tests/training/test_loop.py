@@ -1,0 +1,163 @@
+"""The host loop against a scripted environment: what is stored, when, and what is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from fakes import AGENT, NUM_ACTIONS, RecordingState, ScriptedEnv, init
+
+from drama_jax.config import RunConfig, preset
+from drama_jax.training import loop
+from drama_jax.training.logging import Progress, Writer
+
+WARMUP = 6
+EPISODE = 4
+FRAMES = np.zeros((1, 3, 2, 2, 1), np.uint8)
+PREDICTION = np.zeros((1, 3, 2, 2, 1), np.float32)
+
+
+def run_config(steps: int) -> RunConfig:
+    tiny = preset("tiny")
+    model = dataclasses.replace(tiny.agent.world_model, batch_size=2, batch_length=2)
+    imagination = dataclasses.replace(tiny.agent.imagination, batch_size=2, context_length=2)
+    agent = dataclasses.replace(tiny.agent, world_model=model, imagination=imagination, warmup_steps=WARMUP)
+    logging = dataclasses.replace(
+        tiny.logging, metrics_every=5, images_every=1000, checkpoint_every=8, tensorboard=False
+    )
+    return dataclasses.replace(tiny, agent=agent, logging=logging, steps=steps)
+
+
+class ListedCheckpoints:
+    """Remembers what was saved."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, int]] = []
+
+    def save(self, step: int, state: RecordingState) -> None:
+        self.saved.append((step, int(state.count)))
+
+
+def train(tmp_path, monkeypatch, env, steps=20, checkpoints=None, on_measured=lambda seconds, left: None):
+    monkeypatch.setattr(loop, "agent", AGENT)
+    monkeypatch.setattr(loop, "_pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
+    with Writer(tmp_path, run_config(steps).logging) as writer:
+        progress = Progress(steps, False, "training")
+        return loop.train(
+            run_config(steps),
+            env,
+            init(),
+            jax.random.key(0),
+            writer=writer,
+            progress=progress,
+            checkpoints=checkpoints,
+            on_measured=on_measured,
+        )
+
+
+def test_transitions_pair_the_frame_before_the_action_with_the_reward_after_it(tmp_path, monkeypatch):
+    env = ScriptedEnv([EPISODE])
+    state = train(tmp_path, monkeypatch, env).state
+    count = int(state.count)
+    assert count == 20 == len(env.rows)
+    # Frame numbers: 1 is the reset; an episode's frames are n..n+4, of which the last is never acted on.
+    frames = [5 * episode + 1 + t for episode in range(5) for t in range(EPISODE)]
+    np.testing.assert_array_equal(state.frames[:count], frames)
+    np.testing.assert_array_equal(state.firsts[:count], [t == 0 for _ in range(5) for t in range(EPISODE)])
+    np.testing.assert_array_equal(state.rewards[:count], [row["reward"] for row in env.rows])
+    np.testing.assert_array_equal(state.terminals[:count], [row["terminal"] for row in env.rows])
+    np.testing.assert_array_equal(state.actions[:count], [row["action"] for row in env.rows])
+    assert [row["frame"] for row in env.rows] == [frame + 1 for frame in frames]
+
+
+def test_the_policy_acts_on_the_current_frame_after_the_warm_up(tmp_path, monkeypatch):
+    state = train(tmp_path, monkeypatch, ScriptedEnv([EPISODE])).state
+    policy = np.asarray(state.frames) % NUM_ACTIONS
+    np.testing.assert_array_equal(state.actions[WARMUP:20], policy[WARMUP:20])
+    assert (np.asarray(state.actions[:WARMUP]) != policy[:WARMUP]).any()
+    np.testing.assert_array_equal(state.trained[:20], np.arange(20) >= WARMUP)
+
+
+def test_a_truncated_episode_is_not_terminal(tmp_path, monkeypatch):
+    result = train(tmp_path, monkeypatch, ScriptedEnv([EPISODE], truncating=(0,)))
+    assert not np.asarray(result.state.terminals).any()
+    np.testing.assert_array_equal(result.state.firsts[:20], [t == 0 for _ in range(5) for t in range(EPISODE)])
+    assert len(result.returns) == 5
+
+
+def test_returns_include_the_reward_of_the_last_step(tmp_path, monkeypatch):
+    result = train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]))
+    assert result.returns == [(4, 104.0), (8, 104.0), (12, 104.0), (16, 104.0), (20, 104.0)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    episodes = [line for line in lines if "charts/episodic_return" in line]
+    assert [(line["step"], line["charts/episodic_return"]) for line in episodes] == result.returns
+    assert {line["charts/episodic_length"] for line in episodes} == {4.0}
+
+
+def test_the_update_with_the_previous_transition_starts_before_the_emulator(tmp_path, monkeypatch):
+    env = ScriptedEnv([100])
+
+    def log(name: str, label: str) -> None:
+        function = getattr(loop, name)
+
+        def logged(*arguments):
+            env.events.append(label)
+            return function(*arguments)
+
+        monkeypatch.setattr(loop, name, logged)
+
+    log("_act", "act")
+    log("update", "update")
+    log("observe", "observe")
+    train(tmp_path, monkeypatch, env, steps=WARMUP + 3)
+    warm_up = ["step", *["observe", "step"] * (WARMUP - 1)]
+    assert env.events == [
+        *warm_up,
+        "act",
+        "observe",
+        "step",
+        "act",
+        "update",
+        "step",
+        "act",
+        "update",
+        "step",
+        "update",
+    ]
+
+
+def test_metrics_are_means_over_the_interval(tmp_path, monkeypatch):
+    train(tmp_path, monkeypatch, ScriptedEnv([100]), steps=20)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    # Transition k = 0, 1, ... has loss k. After s steps the agent has been given s - 1 transitions, at the end all.
+    assert losses == {10: np.mean([6, 7, 8]), 15: np.mean([9, 10, 11, 12, 13]), 20: np.mean([14, 15, 16, 17, 18, 19])}
+    assert all(line["charts/SPS"] > 0 for line in lines if "replay/size" in line)
+
+
+def test_checkpoints_are_saved_at_intervals_and_at_the_end(tmp_path, monkeypatch):
+    checkpoints = ListedCheckpoints()
+    train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]), steps=20, checkpoints=checkpoints)
+    assert checkpoints.saved == [(8, 7), (16, 15), (20, 20)]
+
+
+def test_the_speed_is_reported_once_after_the_first_measured_updates(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def on_measured(seconds, steps_left):
+        calls.append((seconds > 0, steps_left))
+        return "this will take a while"
+
+    train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]), steps=30, on_measured=on_measured)
+    assert calls == [(True, 30 - (WARMUP + 1 + 4))]
+    assert capsys.readouterr().err.count("this will take a while") == 1
+
+
+@pytest.mark.parametrize("steps", [0, 1, WARMUP])
+def test_runs_too_short_for_an_update_end_well(tmp_path, monkeypatch, steps):
+    result = train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]), steps=steps)
+    assert int(result.state.count) == steps
+    assert result.ms_per_step is None

@@ -1,0 +1,60 @@
+"""The directory of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+
+import pytest
+
+from drama_jax.config import ConfigError, RunConfig, preset
+from drama_jax.training import run_directory
+
+
+def test_it_holds_the_resolved_configuration_and_the_versions(tmp_path):
+    config = dataclasses.replace(preset("tiny"), seed=7)
+    directory = run_directory.create(tmp_path / "runs", "Breakout", "tiny", config)
+    assert directory.parent == tmp_path / "runs" / "Breakout" / "tiny"
+    assert re.fullmatch(r"seed7-\d{8}-\d{6}", directory.name)
+    written = json.loads((directory / "config.json").read_text())
+    assert written["game"] == "Breakout" and written["preset"] == "tiny"
+    assert written["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert {"python", "jax", "numpy", "flax"} <= set(written["versions"])
+    assert written["device"]
+
+
+def test_two_runs_in_one_second_do_not_share_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory.time, "strftime", lambda _: "20260101-000000")
+    names = [run_directory.create(tmp_path, "Pong", "xs", RunConfig()).name for _ in range(3)]
+    assert names == ["seed0-20260101-000000", "seed0-20260101-000000-2", "seed0-20260101-000000-3"]
+
+
+def test_a_file_in_the_way_is_an_error_and_nothing_is_created(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--logdir .*file is a file; name a directory"):
+        run_directory.check(tmp_path / "file" / "runs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_directory_without_permission_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="--logdir .* cannot be written to"):
+        run_directory.check(tmp_path / "runs")
+
+
+def test_a_directory_that_does_not_exist_yet_is_fine(tmp_path, monkeypatch):
+    run_directory.check(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    run_directory.check(run_directory.pathlib.Path("runs"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_file_system_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_directory.scores, "write", full)
+    with pytest.raises(ConfigError, match="--logdir .*No space left on device"):
+        run_directory.create(tmp_path, "Pong", "xs", RunConfig())
