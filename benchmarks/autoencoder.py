@@ -108,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tilings = [(fused_convolution.ROWS, fused_convolution.WARPS, fused_convolution.STAGES)]
     if arguments.tilings:
-        tilings = list(itertools.product((64, 128, 256), (4, 8), (2, 4)))
+        tilings = list(itertools.product((64, 128, 256), (4, 8), (3,)))
     on_gpu = jax.default_backend() == "gpu"
     rows = layer_rows(arguments.context, tilings if on_gpu else [])
     rows += pass_rows(arguments.frames, arguments.context)

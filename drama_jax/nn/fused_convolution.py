@@ -110,10 +110,15 @@ def _program(
         stencil_row, block = _divmod(k, blocks)
         offset = stencil_row - 1
         entry = block * DEPTH + jnp.arange(DEPTH)
-        neighbour = column[:, None] + _divmod(entry, channels)[0][None, :] - 1
         inside = (row + offset >= 0) & (row + offset < height) & (position < total)
-        mask = inside[:, None] & (neighbour >= 0) & (neighbour < width) & (entry < 3 * channels)[None, :]
-        index = (position + offset * width - 1)[:, None] * channels + entry[None, :]
+        if channels % DEPTH == 0:  # the whole block lies in one neighbour: one test per position, not per number
+            neighbour = column + _divmod(block, channels // DEPTH)[0] - 1
+            inside = inside & (neighbour >= 0) & (neighbour < width)
+            mask = jnp.broadcast_to(inside[:, None], (rows, DEPTH))
+        else:
+            neighbours = column[:, None] + _divmod(entry, channels)[0][None, :] - 1
+            mask = inside[:, None] & (neighbours >= 0) & (neighbours < width) & (entry < 3 * channels)[None, :]
+        index = ((position + offset * width - 1) * channels)[:, None] + entry[None, :]
         tile = pltriton.load(x_ref.at[index], mask=mask, other=0.0)
         weights = weight_ref[pl.ds(k * DEPTH, DEPTH), :]
         return accumulator + jnp.dot(tile, weights, preferred_element_type=jnp.float32)
