@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import subprocess
 import time
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +71,34 @@ def _new_directory(parent: pathlib.Path, name: str) -> pathlib.Path:
 def describe(game: str, preset: str, config: RunConfig) -> dict[str, Any]:
     """What reproduces a run: game, preset, resolved configuration, versions, device, commit."""
     return {"game": game, "preset": preset, "config": dataclasses.asdict(config), **environment()}
+
+
+def load_config(directory: pathlib.Path) -> tuple[str, RunConfig]:
+    """The game and the resolved configuration of a run, from its config.json.
+
+    Raises:
+      ConfigError: if `directory` is no run directory, or its configuration is not one that this version knows.
+    """
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["game"], _from_dict(RunConfig, content["config"])
+    except OSError as error:
+        raise ConfigError(f"{directory} is no run directory: cannot read {path} ({error.strerror})") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} was not written by this version of drama_jax: {error}") from error
+
+
+def _from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict` after a trip through JSON, where tuples have become lists."""
+    types = typing.get_type_hints(kind)
+
+    def build(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(types[name]):
+            return _from_dict(types[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: build(name, value) for name, value in values.items()})
 
 
 def environment() -> Mapping[str, Any]:
