@@ -198,13 +198,16 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     params = state.world_model.params
     posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
     latent = sample_latent(state, posterior_key, world_model.posterior(wm, state.world_model, context.frames))
-    features, recurrent = world_model.observe(
+    horizon, unroll = config.imagination.horizon, config.imagination.unroll
+    features, recurrent = world_model.open_window(
         wm,
         params,
         latent,
         context.actions,
         num_actions=state.num_actions,
+        horizon=horizon,
         segment_ids=episode_segments(fidelity, context.firsts),
+        unrolled=unroll >= horizon,
     )
     hidden = features[:, -1]
     latent = sample_latent(state, prior_key, world_model.prior(wm, params, hidden))
@@ -228,9 +231,9 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
         model,
         policy,
         ((recurrent, state.behaviour.normaliser), (latent, hidden)),
-        config.imagination.horizon,
+        horizon,
         rollout_key,
-        unroll=config.imagination.unroll,
+        unroll=unroll,
     )
     latents, hiddens = jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory.outputs)
     # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).

@@ -154,10 +154,44 @@ def observe(
     return features, state
 
 
+def open_window(
+    config: WorldModelConfig,
+    params: Params,
+    latent: jax.Array,
+    actions: jax.Array,
+    *,
+    num_actions: int,
+    horizon: int,
+    segment_ids: jax.Array | None = None,
+    unrolled: bool = False,
+) -> tuple[jax.Array, Any]:
+    """Parallel pass from an empty past, as `observe`, ready for a short rollout.
+
+    Args:
+      horizon: how many calls of `step` may follow, static.
+      segment_ids: [B, T] int; the past is dropped where the id changes.
+      unrolled: whether those calls are in a loop that is unrolled whole.
+
+    Returns:
+      d_t [B, T, D] and a window, which `step` takes in place of a recurrent state: the same results, for less memory
+      traffic if context and horizon are short (see `backbones.mamba2_window`).
+    """
+    features, window = _backbone(config, num_actions).apply(
+        {"params": params["backbone"]},
+        latent,
+        actions,
+        horizon=horizon,
+        segment_ids=segment_ids,
+        unrolled=unrolled,
+        method="open_window",
+    )
+    return features, window
+
+
 def step(
     config: WorldModelConfig, params: Params, state: Any, latent: jax.Array, actions: jax.Array, *, num_actions: int
 ) -> tuple[jax.Array, Any]:
-    """One step of the sequence model: latent [B, S], actions [B] -> d [B, D] and the new recurrent state."""
+    """One step of the sequence model: latent [B, S], actions [B] -> d [B, D] and the new state or window."""
     features, state = _backbone(config, num_actions).apply(
         {"params": params["backbone"]}, latent, actions, state, method="step"
     )

@@ -1,14 +1,17 @@
 """Sequence models (z_t, a_t) -> d_t, behind one interface.
 
-A backbone is a flax.linen module with three methods:
+A backbone is a flax.linen module with four methods:
 
 * `__call__(latent [B, T, S], action [B, T] int, *, state=None, segment_ids=None) -> (features [B, T, D], state)`,
   the parallel form over a sequence;
 * `step(latent [B, S], action [B] int, state) -> (feature [B, D], state)`, one step, by
   `module.apply(variables, latent, action, state, method="step")`;
+* `open_window(latent [B, T, S], action [B, T] int, *, horizon, segment_ids=None, unrolled=False)
+  -> (features [B, T, D], window)`, the parallel form before a rollout of at most `horizon` steps: the window takes the
+  place of the state in `step`;
 * `initial_state(batch_size) -> state`, zeros; needs no parameters.
 
-Both forms agree: a sequence may be cut anywhere and continued in either from the returned state. In the parallel form
+All forms agree: a sequence may be cut anywhere and continued in either from the returned state. In the parallel form
 the state is dropped where the segment id changes, and the given state belongs to segment 0, so that
 `segment_ids = cumsum(is_first, axis=1)` drops it when a sequence begins with an episode's first step.
 """
@@ -19,9 +22,10 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
+from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window
 from drama_jax.config import BackboneConfig, ConfigError
 
-__all__ = ["Mamba2Backbone", "Mamba2LayerState", "Mamba2State", "make"]
+__all__ = ["Mamba2Backbone", "Mamba2LayerState", "Mamba2LayerWindow", "Mamba2State", "Mamba2Window", "make"]
 
 
 def make(config: BackboneConfig, num_actions: int, dtype: jax.typing.DTypeLike) -> nn.Module:

@@ -9,8 +9,11 @@ V = I + 2N channels of the convolution. The mixer has one group.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import flax
 import jax
@@ -18,6 +21,8 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
+from drama_jax.backbones.causal_conv import CausalConv
+from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window, attend, open_window
 from drama_jax.config import BackboneConfig
 from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
@@ -94,36 +99,85 @@ class Mamba2Backbone(nn.Module):
         if state is None:
             state = self.initial_state(latent.shape[0])
         index = None if segment_ids is None else segment_index(segment_ids)
-        residual = self.stem(latent, action)
-        states = []
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            update, layer_state = layer(residual, layer_state, index)
-            residual = residual + update.astype(residual.dtype)
-            states.append(layer_state)
-        return self.norm_f(residual), Mamba2State(layers=tuple(states))
+        blocks = [
+            functools.partial(layer, state=layer_state, index=index)
+            for layer, layer_state in zip(self.layers, state.layers, strict=True)
+        ]
+        features, states = self._through(blocks, latent, action)
+        return features, Mamba2State(layers=states)
 
-    def step(self, latent: jax.Array, action: jax.Array, state: Mamba2State) -> tuple[jax.Array, Mamba2State]:
+    def open_window(
+        self,
+        latent: jax.Array,
+        action: jax.Array,
+        *,
+        horizon: int,
+        segment_ids: jax.Array | None = None,
+        unrolled: bool = False,
+    ) -> tuple[jax.Array, Mamba2Window]:
+        """Features of a sequence, and a memory of it that makes the next `horizon` steps cheap.
+
+        Args:
+          latent: `[B, T, S]` float, z_t.
+          action: `[B, T]` int, a_t, taken in z_t.
+          horizon: how many times `step` may be called with the window, static; features beyond it are NaN.
+          segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
+          unrolled: for steps in a loop that is unrolled whole, where the window can be read only as far as it is
+            filled; in any other loop it is slower, never wrong.
+
+        Returns:
+          d_t `[B, T, D]` in at least float32, and the window for `step` after the last step.
+
+        Raises:
+          ValueError: if latent and action do not fit, or the horizon is not positive.
+        """
+        _check_inputs(latent, action, rank=3)
+        if horizon < 1:
+            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        index = None if segment_ids is None else segment_index(segment_ids)
+        blocks = [
+            functools.partial(layer.open_window, index=index, horizon=horizon, unrolled=unrolled)
+            for layer in self.layers
+        ]
+        features, windows = self._through(blocks, latent, action)
+        return features, Mamba2Window(layers=windows)
+
+    def step(
+        self, latent: jax.Array, action: jax.Array, state: Mamba2State | Mamba2Window
+    ) -> tuple[jax.Array, Mamba2State | Mamba2Window]:
         """The feature of one step.
 
         Args:
           latent: `[B, S]` float, z_t.
           action: `[B]` int, a_t.
-          state: the state before the step.
+          state: the state before the step, or a window from `open_window`.
 
         Returns:
-          d_t `[B, D]` in at least float32, and the state after the step.
+          d_t `[B, D]` in at least float32, and the state after the step, of the kind given.
 
         Raises:
           ValueError: if latent and action do not fit.
         """
         _check_inputs(latent, action, rank=2)
+        memories: tuple[Mamba2LayerState | Mamba2LayerWindow, ...] = state.layers
+        blocks = [
+            functools.partial(layer.step, state=memory) for layer, memory in zip(self.layers, memories, strict=True)
+        ]
+        features, layers = self._through(blocks, latent, action)
+        kind = Mamba2Window if isinstance(state, Mamba2Window) else Mamba2State
+        return features, kind(layers=layers)
+
+    def _through(
+        self, blocks: Iterable[Callable[[jax.Array], tuple[jax.Array, Any]]], latent: jax.Array, action: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Stem, blocks on the residual stream, final norm: features, and what each block remembers."""
         residual = self.stem(latent, action)
-        states = []
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            update, layer_state = layer.step(residual, layer_state)
+        memories = []
+        for block in blocks:
+            update, memory = block(residual)
             residual = residual + update.astype(residual.dtype)
-            states.append(layer_state)
-        return self.norm_f(residual), Mamba2State(layers=tuple(states))
+            memories.append(memory)
+        return self.norm_f(residual), tuple(memories)
 
 
 class Stem(nn.Module):
@@ -161,7 +215,15 @@ class Block(nn.Module):
         """Over a sequence: residual [B, T, D], segment index [B, T] -> update [B, T, D], state after it."""
         return self.mixer(self.norm(residual), state, index)
 
-    def step(self, residual: jax.Array, state: Mamba2LayerState) -> tuple[jax.Array, Mamba2LayerState]:
+    def open_window(
+        self, residual: jax.Array, *, index: jax.Array | None, horizon: int, unrolled: bool
+    ) -> tuple[jax.Array, Mamba2LayerWindow]:
+        """Over a sequence: residual [B, T, D], segment index [B, T] -> update [B, T, D], window after it."""
+        return self.mixer.open_window(self.norm(residual), index, horizon=horizon, unrolled=unrolled)
+
+    def step(
+        self, residual: jax.Array, state: Mamba2LayerState | Mamba2LayerWindow
+    ) -> tuple[jax.Array, Mamba2LayerState | Mamba2LayerWindow]:
         """One step: residual [B, D] -> update [B, D], state after it."""
         return self.mixer.step(self.norm(residual), state)
 
@@ -178,7 +240,7 @@ class Mamba2Mixer(nn.Module):
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=wide)
         projected = 2 * c.inner_width + 2 * c.state_dim + c.num_heads  # [z | x | B | C | dt]
         self.in_proj = dense(projected, kernel_init=_uniform_fan_in())
-        self.conv = CausalConv(c.conv_width, self.dtype)
+        self.conv = CausalConv(c.conv_width, c.inner_width + 2 * c.state_dim, self.dtype)
         self.dt_bias = self.param("dt_bias", _init_dt_bias, (c.num_heads,), wide)
         self.A_log = self.param("A_log", _init_log_decay, (c.num_heads,), wide)
         self.D = self.param("D", nn.initializers.ones, (c.num_heads,), wide)
@@ -214,9 +276,30 @@ class Mamba2Mixer(nn.Module):
         )
         return self._gate_and_project(y, z), Mamba2LayerState(conv=conv_state, ssm=ssm_state)
 
-    def step(self, u: jax.Array, state: Mamba2LayerState) -> tuple[jax.Array, Mamba2LayerState]:
+    def open_window(
+        self, u: jax.Array, index: jax.Array | None, *, horizon: int, unrolled: bool
+    ) -> tuple[jax.Array, Mamba2LayerWindow]:
+        """As the call from a zero state, u [B, T, D] -> [B, T, D], with a window of `horizon` steps to come."""
+        z, xBC, dt = self._project(u)
+        before = jnp.zeros((u.shape[0], self.config.conv_width - 1, xBC.shape[-1]), self.dtype)
+        xBC, conv_state = self.conv(xBC, before, index)
+        x, B, C = self._split(xBC)
+        dt, A = self._step_size(dt), -jnp.exp(self.A_log)
+        # The final state is not used, so the compiler drops its computation.
+        y, _ = ssd(x, dt, A, B, C, D=self.D, segment_ids=index, chunk_size=self.config.chunk_size)
+        window = open_window(conv_state, x, dt, A, B, index, horizon=horizon, unrolled=unrolled)
+        return self._gate_and_project(y, z), window
+
+    def step(
+        self, u: jax.Array, state: Mamba2LayerState | Mamba2LayerWindow
+    ) -> tuple[jax.Array, Mamba2LayerState | Mamba2LayerWindow]:
         """One step: u [B, D] -> [B, D] in the compute dtype, and the state after it."""
         z, xBC, dt = self._project(u)
+        if isinstance(state, Mamba2LayerWindow):
+            xBC, taps = self.conv.step(xBC, state.conv)
+            x, B, C = self._split(xBC)
+            y, window = attend(state, x, self._step_size(dt), -jnp.exp(self.A_log), B, C, self.D)
+            return self._gate_and_project(y, z), dataclasses.replace(window, conv=taps)
         xBC, conv_state = self.conv(xBC[:, None], state.conv)
         x, B, C = self._split(xBC[:, 0])
         y, ssm_state = ssd_step(state.ssm, x, self._step_size(dt), -jnp.exp(self.A_log), B, C, D=self.D)
@@ -240,44 +323,6 @@ class Mamba2Mixer(nn.Module):
         wide = at_least_float32(self.dtype)
         gated = y.reshape(z.shape).astype(wide) * nn.silu(z.astype(wide))
         return self.out_proj(self.norm(gated))
-
-
-class CausalConv(nn.Module):
-    """SiLU of a depthwise causal convolution over time with a carried state."""
-
-    width: int
-    dtype: jax.typing.DTypeLike
-
-    @nn.compact
-    def __call__(self, u: jax.Array, state: jax.Array, index: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Convolves within segments.
-
-        Args:
-          u: `[B, T, V]`.
-          state: `[B, W - 1, V]`, the inputs before the first step, oldest first.
-          index: optional `[B, T]` int32 from `segment_index`; `state` belongs to index 0.
-
-        Returns:
-          `[B, T, V]` in the compute dtype, and the last W - 1 inputs, zero where another segment than the last one's.
-        """
-        limit = 1 / math.sqrt(self.width)
-        uniform, wide = _uniform(-limit, limit), at_least_float32(self.dtype)
-        kernel = self.param("kernel", uniform, (self.width, u.shape[-1]), wide)  # kernel[-1] meets the newest input
-        bias = self.param("bias", uniform, (u.shape[-1],), wide)
-        time, before = u.shape[1], self.width - 1
-        inputs = jnp.concatenate([state.astype(self.dtype), u.astype(self.dtype)], axis=1)
-        owner = None if index is None else jnp.pad(index, ((0, 0), (before, 0)))
-        # W shifted products: XLA fuses them into one pass, where a grouped convolution call is far slower.
-        y = bias.astype(wide)
-        for tap in range(self.width):
-            term = inputs[:, tap : tap + time].astype(wide)
-            if owner is not None and index is not None and tap < before:
-                term = jnp.where((owner[:, tap : tap + time] == index)[..., None], term, 0)
-            y = y + kernel[tap].astype(wide) * term
-        last = inputs[:, time:]
-        if owner is not None:
-            last = jnp.where((owner[:, time:] == owner[:, -1:])[..., None], last, 0)
-        return nn.silu(y).astype(self.dtype), last
 
 
 @jax.custom_vjp
@@ -312,13 +357,6 @@ def _check_inputs(latent: jax.Array, action: jax.Array, rank: int) -> None:
         )
     if not jnp.issubdtype(action.dtype, jnp.integer):
         raise ValueError(f"action must be integers (indices, not one-hot), got {action.dtype}")
-
-
-def _uniform(low: float, high: float) -> nn.initializers.Initializer:
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, low, high)
-
-    return init
 
 
 def _uniform_fan_in(scale: float = 1.0) -> nn.initializers.Initializer:
