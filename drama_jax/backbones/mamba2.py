@@ -285,10 +285,8 @@ class Mamba2Mixer(nn.Module):
         xBC, conv_state = self.conv(xBC, before, index)
         x, B, C = self._split(xBC)
         dt, A = self._step_size(dt), -jnp.exp(self.A_log)
-        # The final state is not used, so the compiler drops its computation.
-        y, _ = ssd(x, dt, A, B, C, D=self.D, segment_ids=index, chunk_size=self.config.chunk_size)
-        window = open_window(conv_state, x, dt, A, B, index, horizon=horizon, unrolled=unrolled)
-        return self._gate_and_project(y, z), window
+        y, window = open_window(conv_state, x, dt, A, B, C, self.D, index, horizon=horizon, unrolled=unrolled)
+        return self._gate_and_project(_as_stored(y.reshape(z.shape)), z), window
 
     def step(
         self, u: jax.Array, state: Mamba2LayerState | Mamba2LayerWindow
@@ -297,9 +295,9 @@ class Mamba2Mixer(nn.Module):
         z, xBC, dt = self._project(u)
         if isinstance(state, Mamba2LayerWindow):
             xBC, taps = self.conv.step(xBC, state.conv)
-            x, B, C = self._split(xBC)
+            x, B, C = self._split(_as_stored(xBC))
             y, window = attend(state, x, self._step_size(dt), -jnp.exp(self.A_log), B, C, self.D)
-            return self._gate_and_project(y, z), dataclasses.replace(window, conv=taps)
+            return self._gate_and_project(_as_stored(y.reshape(z.shape)), z), dataclasses.replace(window, conv=taps)
         xBC, conv_state = self.conv(xBC[:, None], state.conv)
         x, B, C = self._split(xBC[:, 0])
         y, ssm_state = ssd_step(state.ssm, x, self._step_size(dt), -jnp.exp(self.A_log), B, C, D=self.D)
@@ -347,6 +345,11 @@ def _rows_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> t
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _as_stored(x: jax.Array) -> jax.Array:
+    """x, to be kept in its own dtype: XLA on a GPU moves the cast behind the memory and stores float32 otherwise."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _check_inputs(latent: jax.Array, action: jax.Array, rank: int) -> None:

@@ -48,39 +48,58 @@ def open_window(
     dt: jax.Array,
     A: jax.Array,
     B: jax.Array,
+    C: jax.Array,
+    D: jax.Array,
     index: jax.Array | None,
     *,
     horizon: int,
     unrolled: bool,
-) -> Mamba2LayerWindow:
-    """The window after a context of T steps.
+) -> tuple[jax.Array, Mamba2LayerWindow]:
+    """Output over a context of T steps that starts from nothing, and the window after it.
 
     Args:
       conv: `[B, W - 1, V]`, the last inputs of the convolution.
-      x: `[B, T, H, P]`, B: `[B, T, 1, N]`, dt: `[B, T, H]` positive, A: `[H]` negative; of the context.
-      index: optional `[B, T]` int32 from `segment_index`; steps of another segment than the last one's are dropped.
+      x: `[B, T, H, P]`, B and C: `[B, T, 1, N]`, dt: `[B, T, H]` positive, A and D: `[H]`, A negative; of the context.
+      index: optional `[B, T]` int32 from `segment_index`; the past of another segment is dropped.
       horizon: how many steps the window will be advanced, static.
       unrolled: one array per step to come, for a loop that the compiler sees unrolled: it then knows which exist.
+
+    Returns:
+      y `[B, T, H, P]` in x's dtype, and the window.
     """
     batch, time = x.shape[:2]
     wide = at_least_float32(x.dtype)
-    log_decay = dt.astype(wide) * A.astype(wide)
-    # Summed from the end: the exponent of a step holds nothing that a difference would have to take away again.
-    after = jax.lax.cumsum(log_decay[:, 1:], axis=1, reverse=True)
-    after = jnp.pad(after, ((0, 0), (0, 1), (0, 0)))
-    if index is not None:
-        after = jnp.where((index == index[:, -1:])[..., None], after, -jnp.inf)
+    weights = _context_weights(dt.astype(wide), A.astype(wide), index)
+    # Products and sums throughout: matrix products this small gain nothing, and make XLA turn whole arrays around.
+    scores = jnp.sum(C.astype(wide) * jnp.moveaxis(B, 1, 2).astype(wide), axis=-1)
+    attention = scores[..., None] * weights
+    y = D.astype(wide)[:, None] * x.astype(wide)
+    for s in range(time):
+        y = y + attention[:, :, s, :, None] * x[:, s, None].astype(wide)
     room = ((0, 0), (0, horizon), (0, 0))
     context = x.reshape(batch, time, -1)
     row = jnp.zeros_like(context[:, 0])
-    return Mamba2LayerWindow(
+    return y.astype(x.dtype), Mamba2LayerWindow(
         conv=tuple(conv[:, tap] for tap in range(conv.shape[1])),
         context=context,
         rollout=(row,) * horizon if unrolled else jnp.broadcast_to(row[:, None], (batch, horizon, row.shape[-1])),
         B=jnp.pad(B[:, :, 0], room),
-        weights=jnp.pad(jnp.exp(after) * dt.astype(wide), room),
+        weights=jnp.pad(weights[:, -1], room),
         position=jnp.asarray(time, jnp.int32),
     )
+
+
+def _context_weights(dt: jax.Array, A: jax.Array, index: jax.Array | None) -> jax.Array:
+    """w_s as seen from each step, [B, T, S = T, H]; zero for later steps and other segments."""
+    decay = jnp.exp(dt * A)
+    steps = jnp.arange(dt.shape[1], dtype=jnp.int32)[:, None]
+    weights, seen = jnp.zeros_like(dt), []
+    for t in range(dt.shape[1]):
+        weights = jnp.where(steps == t, dt, weights * decay[:, t, None])
+        if index is not None:
+            weights = jnp.where((index == index[:, t, None])[..., None], weights, 0)
+        seen.append(weights)
+    return jnp.stack(seen, axis=1)
 
 
 def attend(
@@ -106,10 +125,14 @@ def attend(
     scores = jnp.sum(keys.astype(wide) * C.astype(wide), axis=-1)
     attention = scores[..., None] * weights
     rollout = _write(window.rollout, x.reshape(batch, -1), window.position - window.context.shape[1])
-    y = _weighted_sum(attention, window.context, rollout, window.position, heads)
+    # Each step reads the context anew: without the barrier XLA casts it once for all unrolled steps, to twice the size.
+    context = jax.lax.optimization_barrier(window.context)
+    y = _weighted_sum(attention, context, rollout, window.position, heads)
     y = y + D.astype(wide)[:, None] * x.astype(wide)
     y = jnp.where(window.position < window.B.shape[1], y, jnp.nan)
-    advanced = dataclasses.replace(window, rollout=rollout, B=keys, weights=weights, position=window.position + 1)
+    advanced = dataclasses.replace(
+        window, context=context, rollout=rollout, B=keys, weights=weights, position=window.position + 1
+    )
     return y.astype(x.dtype), advanced
 
 
