@@ -14,6 +14,7 @@ Lowered through the Triton backend of Pallas, deprecated in JAX since 0.11; all 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +91,10 @@ def conv3x3_silu(
 
 
 def _program(
-    x_ref: jax.Array,
-    weight_ref: jax.Array,
-    bias_ref: jax.Array,
-    out_ref: jax.Array,
+    x_ref: Any,
+    weight_ref: Any,
+    bias_ref: Any,
+    out_ref: Any,
     *,
     shape: tuple[int, int, int, int, int],
     rows: int,
