@@ -1,6 +1,7 @@
 """The agent as a whole at a tiny size: one trace, vmap equals loop, alignment, resets, acting."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -19,6 +20,7 @@ from drama_jax.config import (
     ReplayConfig,
     WorldModelConfig,
 )
+from tests.tools import quick_jit
 
 ACTIONS = 3
 CONFIG = AgentConfig(
@@ -64,25 +66,38 @@ def at(stacked, index):
 def filled():
     """`filled(config, seed)`: an agent whose replay holds the warm-up steps."""
 
-    @jax.jit
+    @quick_jit
     def fill(state, steps):
         return jax.lax.scan(lambda s, step: (agent.observe(s, step), None), state, steps)[0]
 
+    @functools.cache
     def make(config=CONFIG, seed=0):
-        init = jax.jit(agent.init, static_argnums=(1, 2))
+        init = quick_jit(agent.init, static_argnums=(1, 2))
         return fill(init(jax.random.key(seed), config, ACTIONS), transitions(config.warmup_steps, seed))
 
     return make
 
 
-def test_update_traces_once_and_moves_everything(filled):
-    before = filled()
+@pytest.fixture(scope="module")
+def update():
+    """The jitted, donated update, which fails when it traces a configuration twice."""
     chex.clear_trace_counter()
-    update = jax.jit(chex.assert_max_traces(agent.update, n=1))
+    return quick_jit(chex.assert_max_traces(agent.update, n=2), donate_argnums=0)  # xs and reference
+
+
+def copied(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+@pytest.mark.parametrize("config", [CONFIG, REFERENCE], ids=["xs", "reference"])
+def test_update_traces_once_and_moves_everything(filled, update, config):
+    before = filled(config)
     steps = transitions(4, seed=9)
-    state = before
+    state = copied(before)
+    frames = state.replay.frames
     for i in range(4):
         state, metrics = update(state, at(steps, i))
+    assert frames.is_deleted()  # donated: the replay is not copied
     chex.assert_tree_all_finite((metrics, state.world_model, state.behaviour))
     moved = [
         ("world model", before.world_model.params, state.world_model.params),
@@ -93,27 +108,26 @@ def test_update_traces_once_and_moves_everything(filled):
     ]
     for name, old, new in moved:
         assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (old, new)), strict=True)), name
-    assert state.replay.size == CONFIG.warmup_steps + 4
-    assert state.replay.counters.trained.sum() == 4 * CONFIG.world_model.batch_size
-    assert state.replay.counters.imagined.sum() == 4 * CONFIG.imagination.batch_size
+    assert state.replay.size == config.warmup_steps + 4
+    assert state.replay.counters.trained.sum() == 4 * config.world_model.batch_size
+    assert state.replay.counters.imagined.sum() == 4 * config.imagination.batch_size
     assert {"world_model/total_loss", "world_model/grad_norm", "actor_critic/entropy"} <= set(metrics)
 
 
-@pytest.mark.parametrize("config", [CONFIG, REFERENCE], ids=["xs", "reference"])
-def test_vmap_over_states_equals_each_alone(filled, config):
+def test_vmap_over_states_equals_each_alone(filled, update):
     """Two updates of two stacked agents, with learning rates and temperature that differ."""
-    alone = [filled(config, seed) for seed in (0, 1)]
+    alone = [copied(filled(CONFIG, seed)) for seed in (0, 1)]
     alone[1] = alone[1].replace(
-        hyper=alone[1].hyper.replace(tau=jnp.asarray(3.0), world_model_learning_rate=jnp.asarray(1e-3))
+        hyper=alone[1].hyper.replace(tau=jnp.float32(3.0), world_model_learning_rate=jnp.float32(1e-3))
     )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
     steps = transitions(2, seed=5)
-    single, batched = jax.jit(agent.update), jax.jit(jax.vmap(agent.update))
+    batched = quick_jit(jax.vmap(agent.update))
     for i in range(2):
         both = jax.tree.map(lambda x: jnp.stack([x, x]), at(steps, i))
         stacked, metrics = batched(stacked, both)
         for s in range(2):
-            alone[s], expected = single(alone[s], at(steps, i))
+            alone[s], expected = update(alone[s], at(steps, i))
             for name, value in expected.items():
                 np.testing.assert_allclose(metrics[name][s], value, rtol=1e-3, atol=1e-5, err_msg=name)
     for s in range(2):
@@ -122,17 +136,9 @@ def test_vmap_over_states_equals_each_alone(filled, config):
         assert stacked.key[s] == alone[s].key
 
 
-def test_donated_update_reuses_the_replay(filled):
-    state = filled()
-    frames = state.replay.frames
-    update = jax.jit(agent.update, donate_argnums=0)
-    update(state, at(transitions(1), 0))
-    assert frames.is_deleted()
-
-
 @pytest.fixture(scope="module")
 def imagine():
-    return jax.jit(agent.imagine)
+    return quick_jit(agent.imagine)
 
 
 def context(state, starts=(0, 1, 2, 3)):
@@ -165,7 +171,7 @@ def test_statistics_move_in_imagination_only_as_released(filled, imagine):
 
 @pytest.fixture(scope="module")
 def act():
-    return jax.jit(agent.act, static_argnames="greedy")
+    return quick_jit(agent.act, static_argnames="greedy")
 
 
 def run_episode(act, state, frames, key, first_step=0):
@@ -214,8 +220,8 @@ def test_first_action_comes_from_the_policy_or_is_random(filled, act):
 def test_video_and_reconstruction_shapes(filled):
     state = filled()
     batch = replay.gather(state.replay, jnp.asarray([0, 2]), 6)
-    video = jax.jit(agent.imagine_video, static_argnums=3)(state, batch, jax.random.key(0), 3)
-    frames = jax.jit(agent.reconstruct)(state, batch.frames, jax.random.key(0))
+    video = quick_jit(agent.imagine_video, static_argnums=3)(state, batch, jax.random.key(0), 3)
+    frames = quick_jit(agent.reconstruct)(state, batch.frames, jax.random.key(0))
     for out in (video, frames):
         assert out.shape == (2, 6, 8, 8, 3)
         assert float(out.min()) >= 0

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from drama_jax import interop, optim, world_model
+from drama_jax import distributions, interop, optim, world_model
 from drama_jax.config import AutoencoderConfig, BackboneConfig, OptimizerConfig, WorldModelConfig
 from drama_jax.replay import Batch
-from tests.tools import assert_trees_close, flat, named
+from tests.tools import assert_trees_close, flat, named, quick_jit
 
 CONFIG = WorldModelConfig(
     autoencoder=AutoencoderConfig(depths=(4, 8, 12, 16, 16), categoricals=8, classes=8),
@@ -69,7 +69,7 @@ def value_and_grad(config, batch):
     def objective(params, stats, gumbel):
         return world_model.loss(config, params, stats, batch, gumbel, None, num_actions=ACTIONS)
 
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))
+    return quick_jit(jax.value_and_grad(objective, has_aux=True))
 
 
 def test_three_updates_match_released_code(data, x64):
@@ -78,7 +78,7 @@ def test_three_updates_match_released_code(data, x64):
     start, batch = state.params, golden_batch(data)
     gradient = value_and_grad(CONFIG, batch)
 
-    @jax.jit
+    @quick_jit
     def update(state, gumbel):
         return world_model.update(CONFIG, state, batch, gumbel, None, num_actions=ACTIONS)
 
@@ -178,6 +178,13 @@ def test_active_clipping(data, x64):
     assert_trees_close(updates, expected, rtol=1e-4)
 
 
+def test_learning_rates_and_bins(data, x64):
+    schedule = optim.warmup(CONFIG.optimizer.learning_rate, CONFIG.optimizer.warmup_updates)
+    np.testing.assert_allclose([schedule(jnp.asarray(k)) for k in range(3)], data["lr_used"], rtol=1e-12)
+    bins = distributions.two_hot_bins(CONFIG.num_bins, jnp.float64)
+    np.testing.assert_array_equal(bins, data["bins"])
+
+
 @pytest.mark.parametrize("num_actions", [18, 4])
 def test_parameter_counts(num_actions):
     """Every parameter of the released XS model, by name and shape, and their number."""
@@ -196,7 +203,7 @@ def test_initialisation_matches_released_statistics():
     table = json.loads((pathlib.Path(__file__).parent / "golden" / "param_shapes_XS_old.json").read_text())
     stats = table["init_stats(mean,std,min,max) action_dim=4 Mamba2 seed0"]
     config = WorldModelConfig(compute_dtype="float32")
-    params = jax.jit(lambda key: world_model.init(key, config, 4).params)(jax.random.key(0))
+    params = quick_jit(lambda key: world_model.init(key, config, 4).params)(jax.random.key(0))
     shapes = table["action_dim=4,backbone=Mamba2"]["world_model"]
     ours = flat(params)
     for name, (mean, std, low, high) in ((n, s) for n, s in stats.items() if n in shapes):
@@ -234,11 +241,11 @@ TINY = WorldModelConfig(
 def test_nothing_crosses_an_episode_start():
     """With segment ids, what comes after an episode start is independent of the actions before it; without, not."""
     batch = tiny_batch(np.random.default_rng(0))
-    state = jax.jit(lambda key: world_model.init(key, TINY, ACTIONS))(jax.random.key(0))
+    state = quick_jit(lambda key: world_model.init(key, TINY, ACTIONS))(jax.random.key(0))
     gumbel = jax.random.gumbel(jax.random.key(1), (2, 6, 4, 4))
     segments = jnp.asarray([[0, 0, 0, 1, 1, 1], [1, 1, 1, 2, 2, 2]])
 
-    @jax.jit
+    @quick_jit
     def features(actions, segment_ids):
         out, _ = world_model.forward(
             TINY,

@@ -1,7 +1,13 @@
 """Helpers shared by tests."""
 
+import functools
+
 import flax.traverse_util
+import jax
 import numpy as np
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""`jax.jit` that compiles in half the time and runs slower: for what a test runs a few times only."""
 
 
 def named(data, prefix):
