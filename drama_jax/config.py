@@ -378,8 +378,8 @@ def _tiny() -> RunConfig:
             backbone=BackboneConfig(width=64, head_dim=32, chunk_size=16),
             optimizer=OptimizerConfig(learning_rate=1e-3, b2=b2, warmup_updates=50),
             head_units=64,
-            batch_size=4,
-            batch_length=12,
+            batch_size=6,
+            batch_length=8,
         ),
         imagination=ImaginationConfig(batch_size=16, context_length=4, horizon=8),
         behaviour=BehaviourConfig(
