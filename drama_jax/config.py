@@ -398,7 +398,7 @@ def _tiny() -> RunConfig:
         atari=AtariConfig(max_episode_steps=1_000),
         evaluation=EvaluationConfig(episodes=10, num_envs=5, max_episode_steps=1_000),
         logging=LoggingConfig(metrics_every=20, images_every=1_000, checkpoint_every=1_000),
-        steps=3_000,
+        steps=2_500,
     )
 
 
