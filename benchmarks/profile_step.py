@@ -21,13 +21,13 @@ from drama_jax.config import PRESETS, preset
 
 PARTS = {
     # First match wins; the patterns are parts of jax's operation names.
-    "encoder, training forward": r"jvp\(Encoder\)",
     "encoder, training backward": r"transpose\(jvp\(Encoder",
-    "decoder, training forward": r"jvp\(Decoder\)",
+    "encoder, training forward": r"jvp\(Encoder\)",
     "decoder, training backward": r"transpose\(jvp\(Decoder",
+    "decoder, training forward": r"jvp\(Decoder\)",
     "encoder, context frames": r"/Encoder/|conv3x3_silu",
-    "backbone, training forward": r"jvp\(Mamba2Backbone\)",
     "backbone, training backward": r"transpose\(jvp\(Mamba2Backbone",
+    "backbone, training forward": r"jvp\(Mamba2Backbone\)",
     "backbone, context and imagination": r"Mamba2Backbone",
     "actor and critic, training": r"jvp\(MLP\)|transpose\(jvp\(MLP",
     "actor in imagination": r"/MLP",
