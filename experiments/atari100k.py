@@ -161,7 +161,7 @@ def check_memory(config: AgentConfig, stats: dict[str, int] | None) -> None:
 
 def keep_compiled_programs(directory: pathlib.Path | None) -> None:
     """Lets JAX keep compiled programs in `directory`, so that the next run starts at once; None leaves JAX as it is."""
-    if directory is not None:
+    if directory is not None and str(directory).lower() != "none":
         jax.config.update("jax_compilation_cache_dir", str(directory.expanduser()))
 
 

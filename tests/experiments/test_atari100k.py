@@ -167,6 +167,16 @@ def test_a_tiny_run_says_nothing():
     assert atari100k.slow_device_notice("tiny", 10.0, 10_000) is None
 
 
+def test_no_compilation_cache_is_kept_where_none_is_asked_for(monkeypatch):
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
+    for directory in (None, pathlib.Path("none"), pathlib.Path("None")):
+        atari100k.keep_compiled_programs(directory)
+    assert updates == []
+    atari100k.keep_compiled_programs(pathlib.Path("/tmp/cache"))
+    assert updates == [("jax_compilation_cache_dir", "/tmp/cache")]
+
+
 def test_the_evaluation_has_its_own_step_limit(monkeypatch):
     seen = []
     monkeypatch.setattr(
