@@ -376,10 +376,10 @@ def _tiny() -> RunConfig:
         world_model=WorldModelConfig(
             autoencoder=AutoencoderConfig(image_size=32, depths=(4, 8, 16), categoricals=16, classes=16),
             backbone=BackboneConfig(width=64, head_dim=32, chunk_size=16),
-            optimizer=OptimizerConfig(learning_rate=4e-4, b2=b2, warmup_updates=50),
+            optimizer=OptimizerConfig(learning_rate=1e-3, b2=b2, warmup_updates=50),
             head_units=64,
-            batch_size=4,
-            batch_length=12,
+            batch_size=6,
+            batch_length=8,
         ),
         imagination=ImaginationConfig(batch_size=16, context_length=4, horizon=8),
         behaviour=BehaviourConfig(
@@ -395,10 +395,10 @@ def _tiny() -> RunConfig:
     )
     return RunConfig(
         agent=agent,
-        atari=AtariConfig(max_episode_steps=3_000),
-        evaluation=EvaluationConfig(episodes=10, num_envs=5, max_episode_steps=3_000),
+        atari=AtariConfig(max_episode_steps=1_000),
+        evaluation=EvaluationConfig(episodes=10, num_envs=10, max_episode_steps=500),
         logging=LoggingConfig(metrics_every=20, images_every=1_000, checkpoint_every=1_000),
-        steps=3_000,
+        steps=2_500,
     )
 
 
