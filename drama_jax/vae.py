@@ -22,13 +22,13 @@ from drama_jax.nn import (
     BatchNorm,
     conv3x3,
     conv_transpose_stride1,
-    depth_to_space,
-    fused_convolution,
+    gpu_convolution,
     space_to_depth,
     stencil_stride1,
     stencil_stride2,
     stencil_transpose_stride2,
 )
+from drama_jax.nn.batch_norm import Layout, rearrange
 from drama_jax.precision import at_least_float32, widen
 
 Params = Any
@@ -51,12 +51,6 @@ def torch_linear_init(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
-def apply_affine(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """x * scale + shift with per-channel [C] factors on the last axis `phases * C`, in the dtype of `scale`."""
-    phases = x.shape[-1] // scale.shape[0]
-    return x.astype(scale.dtype) * jnp.tile(scale, phases) + jnp.tile(shift, phases)
-
-
 class ConvBlock(nn.Module):
     """5x5 convolution, batch normalisation, SiLU; input and output in the layout its kind asks for."""
 
@@ -65,8 +59,8 @@ class ConvBlock(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, to_phases: bool = False) -> jax.Array:
-        """[N, h, w, ..] -> [N, h, w, ..] of `dtype`; `to_phases` turns output pixels into phases for the next layer."""
+    def __call__(self, x: jax.Array, train: bool, layout: Layout = "same") -> jax.Array:
+        """[N, h, w, ..] -> [N, h, w, ..] of `dtype`, rearranged to the `layout` that the next layer reads."""
         params = at_least_float32(self.dtype)
         channels = x.shape[-1] // PHASES_IN[self.kind]
         kernel = self.param("kernel", weight_init, (5, 5, channels, self.features), params)
@@ -74,23 +68,20 @@ class ConvBlock(nn.Module):
         norm = BatchNorm(self.features, PHASES_OUT[self.kind], param_dtype=params, name="norm")
         stencil = STENCILS[self.kind]
         if train:
-            y = conv3x3(x, stencil(kernel.astype(self.dtype)))
-            y = nn.silu(apply_affine(y, *norm(y, bias))).astype(self.dtype)
-            return space_to_depth(y) if to_phases else y
-        scale, shift = norm(None, bias)
+            return norm.train_silu(conv3x3(x, stencil(kernel.astype(self.dtype))), bias, layout)
+        scale, shift = norm.folded(bias)
         folded = stencil((kernel * scale).astype(self.dtype))
-        return conv_silu(x, folded, jnp.tile(shift, PHASES_OUT[self.kind]), to_phases=to_phases)
+        return conv_silu(x, folded, jnp.tile(shift, PHASES_OUT[self.kind]), layout)
 
 
-def conv_silu(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, to_phases: bool) -> jax.Array:
+def conv_silu(x: jax.Array, kernel: jax.Array, bias: jax.Array, layout: Layout) -> jax.Array:
     """SiLU(3x3 convolution + bias) in the dtype of `x`: the fused kernel where there is one, else XLA."""
-    missing = -x.shape[-1] % 16
-    if fused_convolution.available(x):
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
-        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0)))
-        return fused_convolution.conv3x3_silu(x, kernel, bias, to_phases=to_phases)
+    padded = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % 16)))
+    if gpu_convolution.available() and gpu_convolution.serves(padded, kernel.shape[-1]) and layout != "pixels":
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, -x.shape[-1] % 16), (0, 0)))
+        return gpu_convolution.conv3x3(padded, kernel, bias, silu=True, to_phases=layout == "phases")
     y = nn.silu(conv3x3(x, kernel).astype(bias.dtype) + bias).astype(x.dtype)
-    return space_to_depth(y) if to_phases else y
+    return rearrange(y, layout)
 
 
 class Encoder(nn.Module):
@@ -105,7 +96,7 @@ class Encoder(nn.Module):
         x = ConvBlock(first, "stride1", self.dtype, name="conv_0")(phases, train)
         for i, depth in enumerate(rest, 1):
             block = ConvBlock(depth, "stride2", self.dtype, name=f"conv_{i}")
-            x = block(x, train, to_phases=i < len(rest))
+            x = block(x, train, "phases" if i < len(rest) else "same")
         return x.reshape(x.shape[0], -1)
 
 
@@ -125,10 +116,14 @@ class Decoder(nn.Module):
         x = linear(latent.astype(self.dtype)).reshape(-1, size, size, depths[0])
         norm = BatchNorm(depths[0], param_dtype=params, name="norm")
         zero = jnp.zeros((depths[0],), params)
-        x = nn.silu(apply_affine(x, *norm(x if train else None, zero))).astype(self.dtype)
+        if train:
+            x = norm.train_silu(x, zero)
+        else:
+            scale, shift = norm.folded(zero)
+            x = nn.silu(x.astype(params) * scale + shift).astype(self.dtype)
         for i, depth in enumerate(depths[1:]):
-            phases = ConvBlock(depth, "transpose2", self.dtype, name=f"conv_{i}")(x, train)
-            x = depth_to_space(phases) if i + 2 < len(depths) else phases
+            block = ConvBlock(depth, "transpose2", self.dtype, name=f"conv_{i}")
+            x = block(x, train, "pixels" if i + 2 < len(depths) else "same")
         channels = self.config.image_channels
         kernel = self.param("kernel", weight_init, (5, 5, depths[-1], channels), params)
         bias = self.param("bias", nn.initializers.zeros, (channels,), params)

@@ -1,25 +1,36 @@
-"""Batch normalisation with PyTorch's statistics, on pixels or on phases, foldable into the preceding convolution.
+"""Batch normalisation with PyTorch's statistics and the SiLU behind it, on pixels or on phases.
 
-(Ioffe & Szegedy 2015, arXiv 1502.03167.) Differs from `flax.linen.BatchNorm` in two ways that the released model
-depends on or that speed asks for: the running variance uses the unbiased batch variance, and the affine map is
-returned instead of applied, so that the caller can apply it to activations (training) or to the convolution's
-kernel (evaluation).
+(Ioffe & Szegedy 2015, arXiv 1502.03167.) Differs from `flax.linen.BatchNorm` in what the released model depends on or
+speed asks for: the running variance uses the unbiased batch variance; in evaluation mode the affine map is returned,
+for the caller to fold into the preceding convolution's kernel; and in training the gradient of normalisation and SiLU
+together is written out as two passes over the activations, one for the sums per channel and one for the result.
+
+Shapes: y [.., phases * C], where C is the number of channels and `phases` how many phases of a channel the last axis
+holds (4 in phase layout, else 1), phase-major.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from drama_jax.nn.convolution import depth_to_space, space_to_depth
+
+Layout = Literal["same", "phases", "pixels"]
+"""What becomes of the activation: nothing, pixels to phases, or phases to pixels."""
 
 
 class BatchNorm(nn.Module):
-    """Scale and shift of batch normalisation over every axis but the channel.
+    """Batch normalisation over every axis but the channel, followed by SiLU.
 
     Attributes:
       features: C, the number of channels.
-      phases: how many phases of one channel the input's last axis holds (4 in phase layout, else 1); the input's
-        last axis is `phases * C`, phase-major.
+      phases: phases per channel in the input's last axis.
       param_dtype: dtype of parameters and statistics.
     """
 
@@ -29,43 +40,121 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     param_dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array | None, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The affine map `(scale [C], shift [C])` such that the normalised output is `x * scale + shift`.
+    def setup(self) -> None:
+        """Parameters `scale` and `bias`, statistics `mean` and `var`, all [C]."""
+        shape, dtype = (self.features,), self.param_dtype
+        self.gamma = self.param("scale", nn.initializers.ones, shape, dtype)
+        self.beta = self.param("bias", nn.initializers.zeros, shape, dtype)
+        self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        self.running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+
+    def folded(self, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Evaluation mode: `(scale [C], shift [C])` such that the normalised output is `y * scale + shift`.
 
         Args:
-          x: convolution output without its bias [..., phases * C], to use (and record) batch statistics; None to use
-            the running statistics.
-          offset: the convolution's bias [C]. It cancels against the batch mean, so in training it only enters the
-            running mean, and its gradient is exactly zero rather than rounding noise.
+          offset: bias [C] of the convolution in front; `y` is without it.
+        """
+        scale = self.gamma * lax.rsqrt(self.running_var.value + self.epsilon)
+        return scale, self.beta + (offset - self.running_mean.value) * scale
+
+    def train_silu(self, y: jax.Array, offset: jax.Array, layout: Layout = "same") -> jax.Array:
+        """Training mode: SiLU of `y` normalised by its own statistics, which are recorded.
+
+        Args:
+          y: output of the convolution in front without its bias [.., phases * C].
+          offset: that bias [C]. It cancels against the batch mean, so it only enters the running mean, and its
+            gradient is exactly zero rather than rounding noise.
+          layout: the layout that the next layer reads.
 
         Returns:
-          Scale and shift in `param_dtype`.
+          Dtype of `y`, in `layout`.
         """
-        gamma = self.param("scale", nn.initializers.ones, (self.features,), self.param_dtype)
-        beta = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.features,), self.param_dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, (self.features,), self.param_dtype)
-        if x is None:
-            scale = gamma * jax.lax.rsqrt(running_var.value + self.epsilon)
-            return scale, beta + (offset - running_mean.value) * scale
-        mean, var, count = self._moments(x)
+        activated, mean, var = normalise_silu(y, self.gamma, self.beta, self.phases, self.epsilon, layout)
         if not self.is_initializing():
-            unbiased = var * (count / max(count - 1, 1))
+            count = y.size // self.features
             keep = 1 - self.momentum
-            running_mean.value = keep * running_mean.value + self.momentum * jax.lax.stop_gradient(mean + offset)
-            running_var.value = keep * running_var.value + self.momentum * jax.lax.stop_gradient(unbiased)
-        scale = gamma * jax.lax.rsqrt(var + self.epsilon)
-        return scale, beta - mean * scale
+            unbiased = var * (count / max(count - 1, 1))
+            offset = lax.stop_gradient(offset)
+            self.running_mean.value = keep * self.running_mean.value + self.momentum * (mean + offset)
+            self.running_var.value = keep * self.running_var.value + self.momentum * unbiased
+        return activated
 
-    def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-        """Mean and biased variance per channel in one pass over `x`, and the number of values behind them."""
-        wide = x.astype(self.param_dtype)
-        axes = tuple(range(x.ndim - 1))
 
-        def per_channel(moment: jax.Array) -> jax.Array:
-            return moment.reshape(self.phases, self.features).mean(axis=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def normalise_silu(
+    y: jax.Array, gamma: jax.Array, beta: jax.Array, phases: int, epsilon: float, layout: Layout = "same"
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """SiLU(gamma * (y - mean) / sqrt(var + epsilon) + beta) with the mean and biased variance of `y` per channel.
 
-        mean = per_channel(wide.mean(axis=axes))
-        square = per_channel(jnp.square(wide).mean(axis=axes))
-        return mean, jnp.maximum(square - jnp.square(mean), 0), x.size // self.features
+    Args:
+      y: [.., phases * C].
+      gamma: [C].
+      beta: [C].
+      phases: static.
+      epsilon: static.
+      layout: of the activation; part of this function so that its gradient, too, rearranges while it computes.
+
+    Returns:
+      The activation in `layout`, dtype of `y`; mean and variance [C] in the dtype of `gamma`. No gradient flows through
+      the latter two.
+    """
+    return _normalise_silu(y, gamma, beta, phases, epsilon, layout)[0]
+
+
+def _normalise_silu(
+    y: jax.Array, gamma: jax.Array, beta: jax.Array, phases: int, epsilon: float, layout: Layout
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    wide = y.astype(gamma.dtype)
+    mean = _per_channel_mean(wide, phases)
+    var = jnp.maximum(_per_channel_mean(jnp.square(wide), phases) - jnp.square(mean), 0)
+    inverse = lax.rsqrt(var + epsilon)
+    scale = gamma * inverse
+    shift = beta - mean * scale
+    activated = nn.silu(wide * jnp.tile(scale, phases) + jnp.tile(shift, phases)).astype(y.dtype)
+    return (rearrange(activated, layout), mean, var), (y, scale, shift, mean, inverse)
+
+
+def _normalise_silu_backward(
+    phases: int,
+    epsilon: float,
+    layout: Layout,
+    saved: tuple[jax.Array, ...],
+    gradients: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    y, scale, shift, mean, inverse = saved
+    dtype = scale.dtype
+
+    def through_silu(y: jax.Array, gradient: jax.Array) -> jax.Array:
+        u = y.astype(dtype) * jnp.tile(scale, phases) + jnp.tile(shift, phases)
+        gate = nn.sigmoid(u)
+        gradient = rearrange(gradient, {"phases": "pixels", "pixels": "phases"}.get(layout, "same"))
+        return gradient.astype(dtype) * gate * (1 + u * (1 - gate))
+
+    gradient = gradients[0]
+    inner = through_silu(y, gradient)
+    by_beta = _per_channel_mean(inner, phases)
+    by_y = _per_channel_mean(inner * y.astype(dtype), phases)
+    by_gamma = inverse * (by_y - mean * by_beta)
+    # Behind the barrier `inner` is computed anew instead of being written to memory and read again.
+    y, gradient, by_beta, by_gamma = lax.optimization_barrier((y, gradient, by_beta, by_gamma))
+    slope = -scale * by_gamma * inverse
+    level = -scale * by_beta - slope * mean
+    result = through_silu(y, gradient) * jnp.tile(scale, phases)
+    result = result + y.astype(dtype) * jnp.tile(slope, phases) + jnp.tile(level, phases)
+    count = y.size // scale.shape[0]
+    return result.astype(y.dtype), by_gamma * count, by_beta * count
+
+
+normalise_silu.defvjp(_normalise_silu, _normalise_silu_backward)
+
+
+def rearrange(x: jax.Array, layout: str) -> jax.Array:
+    """Pixels to phases, phases to pixels, or `x` as it is."""
+    if layout == "same":
+        return x
+    return space_to_depth(x) if layout == "phases" else depth_to_space(x)
+
+
+def _per_channel_mean(x: jax.Array, phases: int) -> jax.Array:
+    """[.., phases * C] to [C]."""
+    return x.mean(axis=tuple(range(x.ndim - 1))).reshape(phases, -1).mean(axis=0)

@@ -1,0 +1,339 @@
+"""3x3 convolutions as GPU kernels, where they beat XLA's: forward, with a fused end, and the kernel's gradient.
+
+All three are implicit matrix products that read each input fewer than the nine times a 3x3 stencil asks for:
+
+* `_walk` keeps the whole kernel in shared memory and walks down the rows of a few images. Each input row is loaded
+  once per column offset and enters three output rows, whose accumulators move along. For few channels.
+* `_block` holds `ROWS_HELD` output rows at once and loops over column offsets and channels. For more channels.
+* `kernel_gradient` walks down the rows with nine accumulators, one per tap; programs share the images, and their sums
+  are added afterwards in a fixed order, so that the result is reproducible.
+
+In evaluation mode batch normalisation is folded into kernel and bias, so that an encoder layer is a convolution with
+an elementwise end, which `conv3x3` fuses, together with the layout that the next layer reads.
+Notation: N images, h x w cells, I and O channels. A program serves `positions` cells: one row of positions / w images.
+`benchmarks/autoencoder.py` measures every choice made here.
+
+Lowered through the Triton backend of Pallas, deprecated in JAX since 0.11; all Pallas names of `nn` are in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+ROWS_HELD = 4
+DEPTH = 32
+"""Channels that `_block` takes at a time."""
+POSITIONS = 64
+WARPS = 4
+STAGES = 3
+FULL = 264
+"""Programs that fill the device: two per multiprocessor of an H100."""
+
+
+def available() -> bool:
+    """Whether the kernels run here: a GPU with Hopper's shared memory, on which they were measured."""
+    if jax.default_backend() != "gpu":
+        return False
+    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 9
+
+
+def serves(x: jax.Array, out_channels: int) -> bool:
+    """Whether `conv3x3` takes an input [N, h, w, I], and is faster than XLA with it."""
+    _, height, width, channels = x.shape
+    shape = channels % 16 == 0 and POSITIONS % width == 0
+    if channels > 64:
+        return shape and x.dtype == jnp.bfloat16 and out_channels <= 64 and height % ROWS_HELD == 0
+    return shape and x.dtype == jnp.bfloat16 and channels in (16, 64) and channels * out_channels <= 2048
+
+
+def serves_gradient(x: jax.Array, out_channels: int) -> bool:
+    """Whether `kernel_gradient` takes an input [N, h, w, I], and is faster than XLA with it."""
+    _, _, width, channels = x.shape
+    shape = channels in (16, 32, 64) and out_channels in (16, 32, 64) and POSITIONS % width == 0 and width >= 16
+    return shape and x.dtype == jnp.bfloat16 and channels * out_channels <= 2048
+
+
+def conv3x3(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    silu: bool = False,
+    to_phases: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """3x3 convolution with zero padding, and what follows it.
+
+    Args:
+      x: [N, h, w, I]; I is 16, 32, 64 or a larger multiple of 16, w a divisor of 64, h a multiple of 4 if I > 64.
+      kernel: [3, 3, I, O] of the dtype of `x`.
+      bias: [O], any float dtype, added if given.
+      silu: end with SiLU, to about 11 bits on a GPU.
+      to_phases: write pixels as phases of 2x2 cells (`nn.space_to_depth` of the result).
+      interpret: run without a GPU, slowly.
+
+    Returns:
+      [N, h, w, O], or [N, h/2, w/2, 4 O] if `to_phases`, in the dtype of `x`.
+
+    Raises:
+      ValueError: if the shape is none of these.
+    """
+    images, height, width, channels = x.shape
+    out_channels = kernel.shape[-1]
+    held = 1 if channels <= 64 else ROWS_HELD
+    if (channels % 16 if held > 1 else channels not in (16, 32, 64)) or POSITIONS % width or height % held:
+        raise ValueError(
+            "gpu_convolution.conv3x3 needs I 16, 32, 64 or a larger multiple of 16, w a divisor of 64, and h a "
+            f"multiple of 4 if I > 64; got [N, {height}, {width}, {channels}]"
+        )
+
+    def end(y: jax.Array) -> jax.Array:
+        return _silu(y, interpret) if silu else y
+
+    bias = jnp.zeros((out_channels,), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    run = _walk if channels <= 64 else _block
+    y = run(x, kernel, bias, end, to_phases, interpret)
+    if to_phases:
+        return y.reshape(images, height // 2, width // 2, 4 * out_channels)
+    return y.reshape(images, height, width, out_channels)
+
+
+def _silu(y: jax.Array, interpret: bool) -> jax.Array:
+    # One instruction instead of an exponential and a division; the interpreter does not know it.
+    half = 0.5 * y
+    return half * (jnp.tanh(half) if interpret else pltriton.approx_tanh(half)) + half
+
+
+End = Callable[[jax.Array], jax.Array]
+
+
+def _walk(x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases: bool, interpret: bool) -> jax.Array:
+    """All images, from the top row to the bottom; flat output."""
+    images, height, width, channels = x.shape
+    positions = max(32 if channels == 16 else POSITIONS, width)
+    groups = pl.cdiv(images, positions // width)
+    # With few images the rows are shared out, at the price of two more rows per strip.
+    strips = next((s for s in (1, 2, 4, 8, 16) if groups * s >= FULL or height % (2 * s)), 16)
+    weights, bias = _pad_out(kernel.reshape(-1, kernel.shape[-1]), bias)
+    cells = _Cells(x.shape, kernel.shape[-1], positions, to_phases)
+    return _call(
+        functools.partial(_walk_program, cells=cells, strips=strips, end=end),
+        (groups * strips,),
+        jax.ShapeDtypeStruct((x.size // channels * kernel.shape[-1],), x.dtype),
+        (x, weights, bias),
+        name=f"conv3x3_walk_{channels}_{kernel.shape[-1]}",
+        interpret=interpret,
+    )
+
+
+def _walk_program(
+    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: _Cells, strips: int, end: End
+) -> None:
+    channels, padded = cells.channels, weight_ref.shape[-1]
+    group, strip = _divmod(pl.program_id(0), strips)
+    rows = cells.height // strips
+    top = strip * rows
+    image, column = cells.place(group)
+    channel = jnp.arange(channels)
+    taps = [[weight_ref[pl.ds((3 * dy + dx) * channels, channels), :] for dx in range(3)] for dy in range(3)]
+
+    def step(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        above, here = carry  # sums of output rows row - 1 and row
+        row = top - 1 + k
+        below = jnp.zeros_like(here)
+        start = ((image * cells.height + row) * cells.width + column) * channels
+        for dx in range(3):
+            inside = cells.inside(image, row, column + dx - 1)
+            tile = pltriton.load(
+                x_ref.at[(start + (dx - 1) * channels)[:, None] + channel[None, :]],
+                mask=jnp.broadcast_to(inside[:, None], (column.shape[0], channels)),
+                other=0.0,
+            )
+            above = above + _dot(tile, taps[2][dx])
+            here = here + _dot(tile, taps[1][dx])
+            below = below + _dot(tile, taps[0][dx])
+        y = end(above + bias_ref[:][None, :])
+        cells.store(out_ref, y, image, jnp.maximum(row - 1, 0), column, row - 1 >= top)
+        return here, below
+
+    zeros = jnp.zeros((column.shape[0], padded), jnp.float32)
+    jax.lax.fori_loop(0, rows + 2, step, (zeros, zeros))
+
+
+def _block(x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases: bool, interpret: bool) -> jax.Array:
+    """All images, `ROWS_HELD` rows at a time; flat output."""
+    images, height, width, channels = x.shape
+    depth = DEPTH if channels % DEPTH == 0 else 16
+    weights, bias = _pad_out(kernel.reshape(-1, kernel.shape[-1]), bias)
+    cells = _Cells(x.shape, kernel.shape[-1], POSITIONS, to_phases)
+    return _call(
+        functools.partial(_block_program, cells=cells, depth=depth, end=end),
+        (pl.cdiv(images, POSITIONS // width) * (height // ROWS_HELD),),
+        jax.ShapeDtypeStruct((x.size // channels * kernel.shape[-1],), x.dtype),
+        (x, weights, bias),
+        name=f"conv3x3_block_{channels}_{kernel.shape[-1]}",
+        interpret=interpret,
+    )
+
+
+def _block_program(
+    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: _Cells, depth: int, end: End
+) -> None:
+    channels, padded = cells.channels, weight_ref.shape[-1]
+    group, strip = _divmod(pl.program_id(0), cells.height // ROWS_HELD)
+    top = strip * ROWS_HELD
+    image, column = cells.place(group)
+    entry = jnp.arange(depth)
+
+    def step(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        dx, block = _divmod(k, channels // depth)
+        taps = [weight_ref[pl.ds((3 * dy + dx) * channels + block * depth, depth), :] for dy in range(3)]
+        start = ((image * cells.height + top) * cells.width + column + dx - 1) * channels + block * depth
+        held = list(sums)
+        for j in range(ROWS_HELD + 2):
+            inside = cells.inside(image, top + j - 1, column + dx - 1)
+            tile = pltriton.load(
+                x_ref.at[(start + (j - 1) * cells.width * channels)[:, None] + entry[None, :]],
+                mask=jnp.broadcast_to(inside[:, None], (column.shape[0], depth)),
+                other=0.0,
+            )
+            for dy in range(3):
+                if 0 <= j - dy < ROWS_HELD:
+                    held[j - dy] = held[j - dy] + _dot(tile, taps[dy])
+        return tuple(held)
+
+    zeros = jnp.zeros((column.shape[0], padded), jnp.float32)
+    sums = jax.lax.fori_loop(0, 3 * (channels // depth), step, (zeros,) * ROWS_HELD)
+    for j, total in enumerate(sums):
+        cells.store(out_ref, end(total + bias_ref[:][None, :]), image, top + j, column, True)
+
+
+def kernel_gradient(x: jax.Array, gradient: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Gradient of a 3x3 convolution by its kernel.
+
+    Args:
+      x: the input [N, h, w, I]; I is 16, 32 or 64, w a divisor of 64.
+      gradient: of the output [N, h, w, O]; O is 16, 32 or 64.
+      interpret: run without a GPU, slowly.
+
+    Returns:
+      [3, 3, I, O] float32.
+    """
+    images, _, width, channels = x.shape
+    out_channels = gradient.shape[-1]
+    groups = pl.cdiv(images, POSITIONS // width)
+    programs = min(FULL, groups)
+    cells = _Cells(x.shape, out_channels, POSITIONS, False)
+    sums = _call(
+        functools.partial(_gradient_program, cells=cells, groups=pl.cdiv(groups, programs)),
+        (programs,),
+        jax.ShapeDtypeStruct((programs * 9 * channels * out_channels,), jnp.float32),
+        (x, gradient.reshape(-1)),
+        name=f"conv3x3_gradient_{channels}_{out_channels}",
+        interpret=interpret,
+    )
+    return sums.reshape(programs, 3, 3, channels, out_channels).sum(axis=0)
+
+
+def _gradient_program(x_ref: Any, gradient_ref: Any, out_ref: Any, *, cells: _Cells, groups: int) -> None:
+    program = pl.program_id(0)
+    channel, out_channel = jnp.arange(cells.channels), jnp.arange(cells.out_channels)
+
+    def step(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        group, row = _divmod(k, cells.height)
+        image, column = cells.place(program * groups + group)
+        cell = (image * cells.height + row) * cells.width + column
+
+        def load(ref: Any, offset: jax.Array, entry: jax.Array, inside: jax.Array) -> jax.Array:
+            mask = jnp.broadcast_to(inside[:, None], (column.shape[0], entry.shape[0]))
+            index = ((cell + offset) * entry.shape[0])[:, None] + entry[None, :]
+            return pltriton.load(ref.at[index], mask=mask, other=0.0)
+
+        tiles = [load(x_ref, dx - 1, channel, cells.inside(image, row, column + dx - 1)) for dx in range(3)]
+        sums_ = list(sums)
+        for dy in range(3):
+            inside = cells.inside(image, row + 1 - dy, column)
+            tile = load(gradient_ref, (1 - dy) * cells.width, out_channel, inside)
+            for dx in range(3):
+                sums_[3 * dy + dx] = sums_[3 * dy + dx] + _dot(tiles[dx].T, tile)
+        return tuple(sums_)
+
+    zeros = jnp.zeros((cells.channels, cells.out_channels), jnp.float32)
+    sums = jax.lax.fori_loop(0, groups * cells.height, step, (zeros,) * 9)
+    for tap, total in enumerate(sums):
+        start = ((program * 9 + tap) * cells.channels + channel) * cells.out_channels
+        pltriton.store(out_ref.at[start[:, None] + out_channel[None, :]], total)
+
+
+class _Cells:
+    """Where the cells of a program are; everything is static but the arguments of the methods."""
+
+    def __init__(self, shape: tuple[int, ...], out_channels: int, positions: int, to_phases: bool) -> None:
+        self.images, self.height, self.width, self.channels = shape
+        self.out_channels, self.positions, self.to_phases = out_channels, positions, to_phases
+
+    def place(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Image and column [positions] of the program's cells."""
+        image, column = _divmod(jnp.arange(self.positions), self.width)
+        return group * (self.positions // self.width) + image, column
+
+    def inside(self, image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+        """Whether there is such a cell [positions]."""
+        return (image < self.images) & (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
+
+    def store(
+        self, ref: Any, y: jax.Array, image: jax.Array, row: jax.Array, column: jax.Array, valid: jax.Array | bool
+    ) -> None:
+        """Writes y [positions, padded O] to the cells of one row, in the layout asked for."""
+        if self.to_phases:
+            (cell_row, phase_row), (cell_column, phase_column) = _divmod(row, 2), _divmod(column, 2)
+            cell = (image * (self.height // 2) + cell_row) * (self.width // 2) + cell_column
+            start = (cell * 4 + phase_row * 2 + phase_column) * self.out_channels
+        else:
+            start = ((image * self.height + row) * self.width + column) * self.out_channels
+        channel = jnp.arange(y.shape[-1])
+        mask = ((image < self.images) & valid)[:, None] & (channel < self.out_channels)[None, :]
+        pltriton.store(ref.at[start[:, None] + channel[None, :]], y.astype(ref.dtype), mask=mask)
+
+
+def _pad_out(weights: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output channels to a power of two, at least 16: [.., O] and [O]."""
+    missing = max(16, pl.next_power_of_2(bias.shape[0])) - bias.shape[0]
+    return jnp.pad(weights, ((0, 0), (0, missing))), jnp.pad(bias, (0, missing))
+
+
+def _call(
+    program: Callable[..., None],
+    grid: tuple[int, ...],
+    out_shape: jax.ShapeDtypeStruct,
+    operands: tuple[jax.Array, ...],
+    *,
+    name: str,
+    interpret: bool,
+) -> jax.Array:
+    x, *others = operands
+    return pl.pallas_call(
+        program,
+        grid=grid,
+        out_shape=out_shape,
+        compiler_params=pltriton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        interpret=interpret,
+        name=name,
+    )(x.reshape(-1), *others)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _divmod(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of non-negative numbers; `//` and `%` would handle signs, which does not lower."""
+    quotient = jax.lax.div(x, jnp.full_like(x, divisor))
+    return quotient, x - quotient * divisor

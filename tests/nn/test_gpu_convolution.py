@@ -1,0 +1,89 @@
+"""The GPU convolutions: interpreted against XLA, and their lowering for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from drama_jax import nn
+from drama_jax.nn.convolution import conv3x3
+from drama_jax.nn.gpu_convolution import conv3x3 as gpu_conv3x3
+from drama_jax.nn.gpu_convolution import kernel_gradient
+
+SHAPES = [
+    # images, height, width, in, out: both kernels, odd numbers of images, channels that need padding
+    (1, 8, 8, 16, 64),
+    (5, 4, 32, 16, 24),
+    (19, 2, 4, 64, 32),
+    (3, 4, 4, 128, 48),
+    (2, 8, 2, 80, 16),
+]
+
+
+def inputs(shape, dtype=jnp.float32):
+    images, height, width, channels, out = shape
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(images, height, width, channels)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, channels, out)) / 10, dtype)
+    return x, kernel, jnp.asarray(rng.normal(size=out), jnp.float32)
+
+
+@pytest.mark.parametrize("to_phases", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_interpreted_equals_xla(shape, to_phases):
+    x, kernel, bias = inputs(shape)
+    expected = jax.nn.silu(conv3x3(x, kernel) + bias)
+    expected = nn.space_to_depth(expected) if to_phases else expected
+    actual = gpu_conv3x3(x, kernel, bias, silu=True, to_phases=to_phases, interpret=True)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_bias_and_silu_it_is_the_convolution():
+    x, kernel, _ = inputs((2, 4, 4, 16, 16))
+    np.testing.assert_allclose(gpu_conv3x3(x, kernel, interpret=True), conv3x3(x, kernel), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 16, 64), (5, 3, 32, 32, 16), (530, 2, 32, 16, 16)], ids=str)
+def test_interpreted_kernel_gradient_equals_xla(shape):
+    x, kernel, _ = inputs(shape)
+    gradient = jnp.asarray(np.random.default_rng(1).normal(size=(*x.shape[:3], kernel.shape[-1])), x.dtype)
+    (expected,) = jax.vjp(lambda k: conv3x3(x, k), kernel)[1](gradient)
+    scale = jnp.abs(expected).max()
+    np.testing.assert_allclose(kernel_gradient(x, gradient, interpret=True) / scale, expected / scale, atol=1e-5)
+
+
+def test_vmap_over_weights_equals_loop():
+    x, kernel, bias = inputs((2, 4, 4, 16, 8))
+    stacked = [jnp.stack([a, a + 1]) for a in (x, kernel, bias)]
+    run = lambda *args: gpu_conv3x3(*args, silu=True, interpret=True)  # noqa: E731
+    batched = jax.vmap(run)(*stacked)
+    for i in range(2):
+        np.testing.assert_allclose(batched[i], run(*(a[i] for a in stacked)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 12, 8), (1, 4, 3, 16, 8), (1, 2, 4, 128, 8), (1, 4, 4, 48, 8)], ids=str)
+def test_other_shapes_are_refused(shape):
+    x, kernel, bias = inputs(shape)
+    with pytest.raises(ValueError, match="w a divisor of 64"):
+        gpu_conv3x3(x, kernel, bias)
+
+
+def lower_for_cuda(function, *arguments):
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(16, 32, 32, 16, 64), (8, 32, 32, 64, 32), (8, 16, 16, 128, 48)], ids=str)
+def test_lowers_for_cuda(shape):
+    x, kernel, bias = inputs(shape, jnp.bfloat16)
+    assert "triton" in lower_for_cuda(lambda *args: gpu_conv3x3(*args, silu=True, to_phases=True), x, kernel, bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+def test_kernel_gradient_lowers_for_cuda():
+    x, kernel, _ = inputs((8, 32, 32, 64, 32), jnp.bfloat16)
+    assert "triton" in lower_for_cuda(kernel_gradient, x, conv3x3(x, kernel))
