@@ -2,15 +2,15 @@
 
     python -m benchmarks.autoencoder
 
-The layers are timed as XLA runs them and as the fused kernel does at several tilings, on the 8192 context frames of
-one imagination; outputs are compared. `floor_ms` is the larger of bytes over bandwidth and operations over peak rate.
+Layers are timed as XLA runs them and as our GPU kernels do, on the 8192 context frames of one imagination and on the
+2048 frames of a training batch; results are compared. `floor_ms` is the larger of bytes over bandwidth
+and operations over peak rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import pathlib
 from typing import Any
 
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 from benchmarks import common
 from drama_jax import nn, vae
 from drama_jax.config import preset
-from drama_jax.nn import fused_convolution
+from drama_jax.nn import gpu_convolution
 
 # (height, input channels in phases, output channels, output to phases) of the encoder's layers, preset xs.
 LAYERS = [(32, 16, 64, False), (32, 64, 32, True), (16, 128, 48, True), (8, 192, 64, True), (4, 256, 64, False)]
+# (height, input channels, output channels) of training's convolutions, forward and backward.
+TRAINING = [(32, 16, 64), (32, 64, 32), (32, 64, 16), (32, 32, 64), (16, 128, 48), (8, 192, 64)]
 
 
 def floor_ms(flop: float, traffic: float) -> float | None:
@@ -34,40 +36,70 @@ def floor_ms(flop: float, traffic: float) -> float | None:
     return 1e3 * max(flop / ceilings["bf16_flop_per_s"], traffic / ceilings["bytes_per_s"])
 
 
-def layer_rows(frames: int, tilings: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """XLA and every tiling of every encoder layer."""
+def layer_rows(frames: int) -> list[dict[str, Any]]:
+    """Every encoder layer in evaluation mode: convolution, bias, SiLU and the next layer's layout."""
     rows = []
     for i, (height, channels, out, to_phases) in enumerate(LAYERS):
-        keys = jax.random.split(jax.random.key(i), 3)
-        x = jax.random.normal(keys[0], (frames, height, height, channels), jnp.bfloat16)
-        kernel = jax.random.normal(keys[1], (3, 3, channels, out), jnp.bfloat16) * (9 * channels) ** -0.5
-        bias = jax.random.normal(keys[2], (out,), jnp.float32)
+        x, kernel = inputs(i, frames, height, channels, out)
+        bias = jax.random.normal(jax.random.key(9), (out,), jnp.float32)
 
         def xla(x: jax.Array, kernel: jax.Array, bias: jax.Array, phases: bool = to_phases) -> jax.Array:
-            y = jax.nn.silu(nn.conv3x3(x, kernel).astype(bias.dtype) + bias).astype(x.dtype)
+            y = jax.nn.silu(plain(x, kernel).astype(bias.dtype) + bias).astype(x.dtype)
             return nn.space_to_depth(y) if phases else y
 
-        expected = jax.jit(xla)(x, kernel, bias)
-        cells = frames * height * height
-        floor = floor_ms(2.0 * cells * 9 * channels * out, 2.0 * cells * (channels + out))
-        run = functools.partial(jax.jit(xla), x, kernel, bias)
-        rows.append({"name": f"layer_{i}", "implementation": "xla", "ms": common.queued_ms(run), "floor_ms": floor})
-        for rows_, warps, stages in tilings:
-            fused = functools.partial(
-                fused_convolution.conv3x3_silu, to_phases=to_phases, rows=rows_, warps=warps, stages=stages
-            )
-            run = functools.partial(jax.jit(fused), x, kernel, bias)
-            error = jnp.abs(run().astype(jnp.float32) - expected.astype(jnp.float32)).max()
-            rows.append(
-                {
-                    "name": f"layer_{i}",
-                    "implementation": f"fused rows={rows_} warps={warps} stages={stages}",
-                    "ms": common.queued_ms(run),
-                    "floor_ms": floor,
-                    "max_error": float(error),
-                }
-            )
-            print(rows[-1], flush=True)
+        ours = functools.partial(gpu_convolution.conv3x3, silu=True, to_phases=to_phases)
+        rows += compared(f"layer_{i}", {"xla": xla, "pallas": ours}, (x, kernel, bias), channels * out, channels + out)
+    return rows
+
+
+def training_rows(frames: int) -> list[dict[str, Any]]:
+    """Convolutions of training, and their kernel gradients: cuDNN through XLA against ours."""
+    rows = []
+    for i, (height, channels, out) in enumerate(TRAINING):
+        x, kernel = inputs(i, frames, height, channels, out)
+        functions = {"xla": plain, "pallas": gpu_convolution.conv3x3}
+        rows += compared(f"conv_{channels}_{out}", functions, (x, kernel), channels * out, channels + out)
+        if out > 64:
+            continue
+
+        def by_kernel(x: jax.Array, gradient: jax.Array, shape: tuple[int, ...] = kernel.shape) -> jax.Array:
+            return jax.vjp(functools.partial(plain, x), jnp.zeros(shape, x.dtype))[1](gradient)[0]
+
+        if channels <= 64:
+            gradient = plain(x, kernel)
+            functions = {"xla": by_kernel, "pallas": gpu_convolution.kernel_gradient}
+            name = f"kernel_gradient_{channels}_{out}"
+            rows += compared(name, functions, (x, gradient), channels * out, channels + out)
+    return rows
+
+
+def inputs(seed: int, frames: int, height: int, channels: int, out: int) -> tuple[jax.Array, jax.Array]:
+    """Random activations [frames, height, height, channels] and a kernel [3, 3, channels, out], bfloat16."""
+    x_key, kernel_key = jax.random.split(jax.random.key(seed))
+    x = jax.random.normal(x_key, (frames, height, height, channels), jnp.bfloat16)
+    return x, jax.random.normal(kernel_key, (3, 3, channels, out), jnp.bfloat16) * (9 * channels) ** -0.5
+
+
+def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution as XLA runs it."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def compared(
+    name: str, functions: dict[str, Any], arguments: tuple[jax.Array, ...], products: int, channels: int
+) -> list[dict[str, Any]]:
+    """One row per implementation; `error` is the largest difference from the first, over its largest value."""
+    cells = arguments[0].size // arguments[0].shape[-1]
+    floor = floor_ms(2.0 * cells * 9 * products, 2.0 * cells * channels)
+    expected, rows = None, []
+    for implementation, function in functions.items():
+        run = functools.partial(jax.jit(function), *arguments)
+        result = run().astype(jnp.float32)
+        expected = result if expected is None else expected
+        error = float(jnp.abs(result - expected).max() / jnp.abs(expected).max())
+        row = {"name": name, "implementation": implementation, "ms": common.queued_ms(run), "floor_ms": floor}
+        rows.append(row | {"error": error})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -103,14 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=2048, help="frames of a training batch")
     parser.add_argument("--context", type=int, default=8192, help="context frames of an imagination")
-    parser.add_argument("--tilings", action="store_true", help="try more tilings of the fused kernel")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
-    tilings = [(fused_convolution.ROWS, fused_convolution.WARPS, fused_convolution.STAGES)]
-    if arguments.tilings:
-        tilings = list(itertools.product((64, 128, 256), (4, 8), (3,)))
-    on_gpu = jax.default_backend() == "gpu"
-    rows = layer_rows(arguments.context, tilings if on_gpu else [])
+    rows = layer_rows(arguments.context) + training_rows(arguments.frames) if gpu_convolution.available() else []
     rows += pass_rows(arguments.frames, arguments.context)
     common.write_result("autoencoder", rows, arguments.out)
 
