@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class Options:
     seed: int
     """Seed of everything random."""
     logdir: pathlib.Path
-    """Runs go to LOGDIR/GAME/PRESET/seedK-TIME."""
+    """Runs go to LOGDIR/GAME/PRESET/seedK-TIME. May also be such a directory, to continue that run."""
     env_backend: Literal["envpool", "ale"]
     """Emulator: EnvPool, or ale-py (pip install 'drama_jax[ale]')."""
     eval_episodes: int
@@ -47,6 +48,10 @@ class Options:
     """How the replay is sampled: dynamic frequency-based sampling, or uniformly."""
     compilation_cache: pathlib.Path | None
     """Where compiled programs are kept for the next run; None to keep none."""
+    resume: bool
+    """Continue the newest unfinished run of this game, preset and seed; --no-resume starts a new one."""
+    deterministic: bool
+    """Make a GPU give the same numbers in every run of a seed, and take longer. A CPU always does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,18 @@ def parse(arguments: Sequence[str], program: str) -> tuple[Options, RunConfig]:
         raise ConfigError(with_flags(str(error))) from None
 
 
+def to_continue(arguments: Sequence[str], program: str, directory: pathlib.Path) -> str:
+    """The command that continues the run in `directory` which `arguments` started, quoted for a shell."""
+    kept: list[str] = []
+    values = iter(arguments)
+    for argument in values:
+        if argument == "--logdir":
+            next(values)
+        elif argument not in ("--no-resume", "--resume") and not argument.startswith("--logdir="):
+            kept.append(argument)
+    return f"{program} {shlex.join([*kept, '--logdir', str(directory)])}"
+
+
 def _chosen_preset(arguments: Sequence[str]) -> str:
     """The preset named on the command line, before anything else is parsed, because it decides all defaults."""
     name = "xs"
@@ -104,6 +121,8 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
         "eval_episodes": base.evaluation.episodes,
         "sampler": base.agent.replay.sampler,
         "compilation_cache": cache,
+        "resume": True,
+        "deterministic": False,
         "agent": base.agent,
         "atari": base.atari,
         "evaluation": base.evaluation,

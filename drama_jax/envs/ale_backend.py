@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from drama_jax.config import AtariConfig, ConfigError
-from drama_jax.envs.base import Observation, check_actions
+from drama_jax.envs.base import Observation, StateMismatch, check_actions, no_progress
 from drama_jax.envs.games import rom_name
 from drama_jax.envs.resize import AreaResize
 
@@ -57,27 +58,25 @@ class AleEnv:
         self._observation = None
 
     def get_state(self) -> bytes:
-        """Everything that later steps depend on, and the last observation; without pickled objects."""
+        """See `base.Env`."""
         if self._observation is None:
             raise RuntimeError("call reset() before get_state()")
         arrays: dict[str, Any] = dict(zip(self._observation._fields, self._observation))
         for i, emulator in enumerate(self._emulators):
             arrays[f"emulator{i}"] = np.frombuffer(emulator.get_state(), np.uint8)
-        header = {"identity": self._identity, "emulators": [emulator.variables() for emulator in self._emulators]}
+        header = {
+            "identity": self._identity,
+            "version": self._ale_py.__version__,
+            "emulators": [emulator.variables() for emulator in self._emulators],
+        }
         arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
         file = io.BytesIO()
         np.savez(file, **arrays)
         return file.getvalue()
 
-    def set_state(self, state: bytes) -> Observation:
-        """Returns to the state `get_state` gave, in this or in another process.
-
-        Returns:
-          The observation that state was saved after.
-
-        Raises:
-          ConfigError: the state belongs to another game, or to other settings.
-        """
+    def set_state(self, state: bytes, *, on_step: Callable[[int, int], None] = no_progress) -> Observation:
+        """See `base.Env`."""
+        del on_step  # it is done at once
         with np.load(io.BytesIO(state), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays["header"].tobytes())
@@ -85,6 +84,8 @@ class AleEnv:
             raise ConfigError(
                 f"the saved environment is {header['identity']}, this one is {self._identity}: use the saved settings"
             )
+        if header["version"] != self._ale_py.__version__:
+            raise StateMismatch(f"it was saved by ale-py {header['version']}, this is {self._ale_py.__version__}")
         for i, (emulator, variables) in enumerate(zip(self._emulators, header["emulators"])):
             emulator.set_state(self._ale_py, arrays[f"emulator{i}"].tobytes(), variables)
         self._observation = Observation(**{name: arrays[name] for name in Observation._fields})

@@ -5,13 +5,26 @@ E is the number of parallel environments; H, W, C are frame height, width and ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 
+class StateMismatch(RuntimeError):  # noqa: N818 - it says what was found
+    """An emulator could not be brought back to a saved state."""
+
+
+class EmulatorError(RuntimeError):
+    """An emulator failed while it played."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Shows nothing."""
+
+
 class Observation(NamedTuple):
-    """One row per environment: what `reset` or `step` brought.
+    """One row per environment: what `reset` or `step` brought. The arrays are the caller's; no later step changes them.
 
     `rewards`, `terminals`, `last` and `truncated` belong to the action just played, `frames` is what it led to. A row
     with `first` set begins an episode: its frame follows no counted action, its reward is 0 and its flags are unset.
@@ -49,6 +62,30 @@ class Env(Protocol):
         """
         ...
 
+    def get_state(self) -> bytes:
+        """Everything that later steps depend on, and the last observation; without pickled objects.
+
+        Raises:
+          RuntimeError: before the first `reset`.
+        """
+        ...
+
+    def set_state(self, state: bytes, *, on_step: Callable[[int, int], None] = no_progress) -> Observation:
+        """Returns to the state `get_state` gave, in this or in another process.
+
+        Args:
+          state: What an environment of the same game and settings gave.
+          on_step: Called with (steps done, steps in all) where getting there takes a while.
+
+        Returns:
+          The observation that the state was saved after.
+
+        Raises:
+          ConfigError: the state belongs to another game, or to other settings.
+          StateMismatch: the emulator is another version, or did not get where it was; call `reset` before `step`.
+        """
+        ...
+
     def close(self) -> None:
         """Frees the emulators; the environment cannot be used afterwards."""
         ...
@@ -62,3 +99,11 @@ def check_actions(actions: np.ndarray, num_envs: int, num_actions: int) -> np.nd
     if array.min() < 0 or array.max() >= num_actions:
         raise ValueError(f"actions must lie in [0, {num_actions}), got {array.tolist()}")
     return array.astype(np.int32)
+
+
+def play(env: Env, actions: np.ndarray) -> Observation:
+    """`env.step(actions)`; what emulators raise where they fail becomes an `EmulatorError`."""
+    try:
+        return env.step(actions)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise EmulatorError(f"{type(error).__name__}: {error}") from error

@@ -1,13 +1,24 @@
-"""Atari through EnvPool (C++ thread pool). Arguments arrive validated: EnvPool crashes on some bad ones."""
+"""Atari through EnvPool (C++ thread pool). Arguments arrive validated: EnvPool crashes on some bad ones.
+
+EnvPool cannot save its state, and in some games an episode depends on those before it. So this class remembers every
+action since its emulators were made, one byte each, and plays them again to get back to where it was.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from drama_jax.config import AtariConfig, ConfigError
-from drama_jax.envs.base import Observation, check_actions
+from drama_jax.envs.base import Observation, StateMismatch, check_actions, no_progress
+
+_RESET = 255
+"""Stands for a call of `reset` among the actions played."""
 
 
 class EnvPoolEnv:
@@ -19,52 +30,99 @@ class EnvPoolEnv:
         self.num_envs = num_envs
         self.image_shape = (image_size, image_size, 3)
         self._life_loss_is_terminal = config.life_loss_is_terminal
-        self._lives = np.zeros(num_envs, np.int32)
-        self._started = False
+        # What a saved state must agree on to be played on here.
+        self._identity = {
+            "game": game,
+            "num_envs": num_envs,
+            "image_size": image_size,
+            "rules": repr(config),
+            "seed": seed,
+        }
         # Every option is named: EnvPool's defaults are grey, stacked, 84x84 frames with no-ops and FIRE at resets.
-        self._pool: Any = _import_envpool().make(
-            f"{game}-v5",
-            env_type="gymnasium",
-            num_envs=num_envs,
-            batch_size=num_envs,
-            num_threads=num_threads,
-            seed=seed,
-            max_episode_steps=config.max_episode_steps,
-            stack_num=1,
-            frame_skip=config.frame_skip,
-            noop_max=max(1, config.noop_max),  # 0 crashes it; 1 is exactly one no-op
-            use_fire_reset=False,
-            episodic_life=False,
-            zero_discount_on_life_loss=False,
-            reward_clip=False,
-            img_height=image_size,
-            img_width=image_size,
-            gray_scale=False,
-            use_inter_area_resize=True,
-            full_action_space=config.full_action_space,
-            repeat_action_probability=config.sticky_actions,
-            mode=-1,  # the game's own
-            difficulty=-1,
-            thread_affinity_offset=-1,
-        )
+        self._options: dict[str, Any] = {
+            "task_id": f"{game}-v5",
+            "env_type": "gymnasium",
+            "num_envs": num_envs,
+            "batch_size": num_envs,
+            "num_threads": num_threads,
+            "seed": seed,
+            "max_episode_steps": config.max_episode_steps,
+            "stack_num": 1,
+            "frame_skip": config.frame_skip,
+            "noop_max": max(1, config.noop_max),  # 0 crashes it; 1 is exactly one no-op
+            "use_fire_reset": False,
+            "episodic_life": False,
+            "zero_discount_on_life_loss": False,
+            "reward_clip": False,
+            "img_height": image_size,
+            "img_width": image_size,
+            "gray_scale": False,
+            "use_inter_area_resize": True,
+            "full_action_space": config.full_action_space,
+            "repeat_action_probability": config.sticky_actions,
+            "mode": -1,  # the game's own
+            "difficulty": -1,
+            "thread_affinity_offset": -1,
+        }
+        self._start()
         self.num_actions = int(self._pool.action_space.n)
 
     def reset(self) -> Observation:
         """See `base.Env`."""
         frames, info = self._pool.reset()
         false = np.zeros(self.num_envs, np.bool_)
-        self._started = True
+        self._played.extend([_RESET] * self.num_envs)
         return self._observation(frames, np.zeros(self.num_envs, np.float32), false, false, info)
 
     def step(self, actions: np.ndarray) -> Observation:
         """See `base.Env`."""
-        if not self._started:
+        if not self._played:
             raise RuntimeError("call reset() before step()")  # EnvPool would silently reset instead
-        return self._observation(*self._pool.step(check_actions(actions, self.num_envs, self.num_actions)))
+        actions = check_actions(actions, self.num_envs, self.num_actions)
+        outcome = self._pool.step(actions)
+        self._played.extend(actions.astype(np.uint8).tobytes())
+        return self._observation(*outcome)
+
+    def get_state(self) -> bytes:
+        """See `base.Env`."""
+        if self._last is None:
+            raise RuntimeError("call reset() before get_state()")
+        header = {"identity": self._identity, "version": _version(), "last": _digest(self._last)}
+        file = io.BytesIO()
+        played = np.frombuffer(bytes(self._played), np.uint8).reshape(-1, self.num_envs)
+        np.savez(file, played=played, header=np.frombuffer(json.dumps(header).encode(), np.uint8))
+        return file.getvalue()
+
+    def set_state(self, state: bytes, *, on_step: Callable[[int, int], None] = no_progress) -> Observation:
+        """See `base.Env`. Plays everything again: about a minute for 100,000 steps."""
+        with np.load(io.BytesIO(state), allow_pickle=False) as file:
+            header, played = json.loads(file["header"].tobytes()), file["played"]
+        if header["identity"] != self._identity:
+            raise ConfigError(
+                f"the saved environment is {header['identity']}, this one is {self._identity}: use the saved settings"
+            )
+        self._start()
+        if header["version"] != _version():
+            raise StateMismatch(f"it was saved by envpool {header['version']}, this is {_version()}")
+        for done, actions in enumerate(played, 1):
+            observation = self.reset() if actions[0] == _RESET else self.step(actions)
+            on_step(done, len(played))
+        if _digest(observation) != header["last"]:
+            self._start()
+            raise StateMismatch("its actions, played again, do not lead to the same picture")
+        return observation
+
+    def _start(self) -> None:
+        """New emulators, in which nothing has been played."""
+        self._pool: Any = None  # before the new one, so that there is one at a time
+        self._pool = _import_envpool().make(**self._options)
+        self._lives = np.zeros(self.num_envs, np.int32)
+        self._played = bytearray()  # [calls, E] uint8
+        self._last: Observation | None = None
 
     def close(self) -> None:
         """See `base.Env`."""
-        self._started = False
+        self._played, self._last = bytearray(), None
         self._pool = None  # its threads end with the object; its own close() keeps them
 
     def _observation(
@@ -76,7 +134,7 @@ class EnvPoolEnv:
         over = (info["terminated"] != 0) & ~first
         life_lost = (lives < self._lives) & ~first
         self._lives = lives
-        return Observation(
+        self._last = Observation(
             frames=np.ascontiguousarray(frames.transpose(0, 2, 3, 1)),
             rewards=np.asarray(rewards, np.float32),
             terminals=over | life_lost if self._life_loss_is_terminal else over,
@@ -85,6 +143,16 @@ class EnvPoolEnv:
             first=first,
             lives=lives,
         )
+        return self._last
+
+
+def _digest(observation: Observation) -> str:
+    """SHA-256 of all that was observed."""
+    return hashlib.sha256(b"".join(np.ascontiguousarray(field).tobytes() for field in observation)).hexdigest()
+
+
+def _version() -> str:
+    return str(_import_envpool().__version__)
 
 
 def _import_envpool() -> Any:

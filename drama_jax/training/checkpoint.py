@@ -1,106 +1,285 @@
-"""Checkpoints of the agent through orbax: <run>/checkpoints/<step>/.
+"""Checkpoints: <run>/checkpoints/<step>/, from which a run goes on exactly where it was.
 
-A checkpoint holds every leaf of `AgentState` except the replay, whose frames are far larger than all the rest. It is
-written to a temporary directory and renamed, so a reader sees a whole checkpoint or none. Loading executes no code.
+agent/         every array of the agent and of the loop (orbax), but for the rows of the replay
+loop.npz       what the loop keeps on the host, and the emulator's state
+manifest.json  size and SHA-256 of these files, and of the replay segments that belong to them
+
+A checkpoint is written to `<step>.partial` in a thread of its own and renamed when it is complete, so that a reader
+sees a whole one or none; the loop goes on meanwhile. The last two are kept. Loading executes no code from a checkpoint:
+nothing in it is pickled, and no file is read before its SHA-256 has been compared.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import json
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from drama_jax.config import ConfigError
+from drama_jax.training import arrays, files, manifest, replay_log
+from drama_jax.training.manifest import Invalid
+from drama_jax.training.replay_log import ReplayLog, Row, Segment
 
 State = TypeVar("State")
+FOLDER = "checkpoints"
+_AGENT, _LOOP = "agent", "loop.npz"
 _KEPT = 2
+# What the model is; all else under agent/ serves its training.
+_WEIGHTS = ("world_model/params/", "world_model/batch_stats/", "behaviour/params/", "behaviour/normaliser/")
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """A run between two steps, on the host; all of it but the rows of the replay."""
+
+    step: int
+    """Agent steps taken."""
+    end: int
+    """Steps the agent has been given."""
+    device: dict[str, np.ndarray]
+    """What lives on the device, by path: `agent/...`, `acting/...` and so on."""
+    header: dict[str, Any]
+    """Numbers the loop keeps, as JSON."""
+    host: dict[str, np.ndarray]
+    """Arrays the loop keeps."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; the last two are kept."""
+    """Writes the checkpoints of one run.
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        self._manager = _manager(directory, create=True)
+    Args:
+      run: The run directory.
+      identity: The run's identity, from its config.json.
+      capacity: Steps the replay holds.
+      segments: Replay segments that are on disk already.
+      say: Shows a message to the user; may be called from another thread.
+    """
 
-    def save(self, step: int, state: Any) -> None:
-        """Saves `state` (an `AgentState`) less its replay; returns when it is on disk."""
-        import orbax.checkpoint as ocp
+    def __init__(
+        self,
+        run: pathlib.Path,
+        identity: str,
+        capacity: int,
+        segments: list[Segment] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._run, self._identity, self._say = run, identity, say
+        self._log = ReplayLog(run, capacity, segments or [])
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._running: concurrent.futures.Future[None] | None = None
+        self.error: str | None = None
+        """Why the last save failed; None if it did not."""
+        self.saved: int | None = None
+        """Step of the newest checkpoint that this process has written."""
 
-        self._manager.save(step, args=ocp.args.StandardSave(_to_host(dataclasses.replace(state, replay=None))))
+    def add(self, row: Row) -> None:
+        """Remembers a step that the agent was given, for the next save."""
+        self._log.add(row)
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts to write a checkpoint, once the previous one is written.
+
+        A failure to write is shown and kept in `error`. The run's earlier checkpoints stay as they are.
+        """
+        self.wait()
+        self._running = self._thread.submit(self._save, snapshot)
+
+    def wait(self) -> None:
+        """Returns when the last save has ended."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
 
     def close(self) -> None:
-        """Frees what the manager holds."""
-        self._manager.close()
+        """Waits for the last save and ends the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _save(self, snapshot: Snapshot) -> None:
+        try:
+            _write(self._run, self._identity, self._log, snapshot)
+        except (OSError, ValueError) as error:  # orbax reports a full disk as a ValueError
+            self.error = _reason(error)
+            self._say(f"checkpoint {snapshot.step} could not be saved ({self.error}); the run goes on without it")
+        else:
+            self.error, self.saved = None, snapshot.step
+
+
+def _write(run: pathlib.Path, identity: str, log: ReplayLog, snapshot: Snapshot) -> None:
+    target = run / FOLDER / str(snapshot.step)
+    partial = target.with_name(target.name + files.PARTIAL)
+    for leftover in (run / FOLDER).glob("*" + files.PARTIAL):
+        files.remove_directory(leftover)
+    partial.mkdir(parents=True)
+    try:
+        segments = log.flush(snapshot.end)
+        _write_arrays(partial / _AGENT, snapshot.device)
+        header = np.frombuffer(json.dumps(snapshot.header).encode(), np.uint8)
+        files.write(partial / _LOOP, files.pack({"header": header, **snapshot.host}))
+        described = {segment.name: files.describe(run / segment.name, sync=True) for segment in segments}
+        manifest.write(partial, snapshot.step, snapshot.end, identity, described)
+        if target.exists():  # one that was found damaged, and has been played again
+            files.remove_directory(target)
+        files.rename(partial, target)
+    except (OSError, ValueError):
+        files.remove_directory(partial)
+        raise
+    _remove_old(run, log)
+
+
+def _remove_old(run: pathlib.Path, log: ReplayLog) -> None:
+    for step in _steps(run / FOLDER)[_KEPT:]:
+        files.remove_directory(run / FOLDER / str(step))
+    try:
+        kept = [manifest.read(run / FOLDER / str(step)) for step in _steps(run / FOLDER)]
+    except Invalid:
+        return  # it may still be told by hand what belongs to it
+    log.remove_except({name for one in kept for name in one.segments})
+
+
+def load(run: pathlib.Path, identity: str, say: Callable[[str], None] = print) -> tuple[Snapshot, list[Segment]] | None:
+    """The newest checkpoint of a run that is whole, with the replay segments that belong to it.
+
+    Newer ones that are damaged are named in a message each, and renamed to `<step>.damaged`.
+
+    Returns:
+      None if the run never completed a checkpoint.
+
+    Raises:
+      ConfigError: there are checkpoints, and none can be used.
+    """
+    steps, problems = _steps(run / FOLDER), []
+    for step in steps:
+        directory = run / FOLDER / str(step)
+        try:
+            found = manifest.verify(directory, run, identity)
+            snapshot = _read(directory, found)
+            segments = [_segment(name) for name in found.segments]
+        except Invalid as error:
+            problems.append((directory, f"checkpoint {step}: {error}"))
+            continue
+        for damaged, problem in problems:
+            aside = _free(damaged.with_name(damaged.name + ".damaged"))
+            files.rename(damaged, aside)
+            say(f"{problem}; it is now {aside}, and checkpoint {step} is used")
+        return snapshot, segments
+    if not steps:
+        return None
+    raise ConfigError(
+        f"{run}: no checkpoint can be used: {'; '.join(problem for _, problem in problems)}. Restore the files from a "
+        f"backup, or start anew with --no-resume; nothing was removed"
+    )
 
 
 def restore(directory: pathlib.Path, state: State, step: int | None = None) -> State:
-    """The checkpoint's leaves in the structure of `state`, which keeps its replay.
+    """The agent of a checkpoint in the structure of `state`, which keeps its replay.
 
     Args:
-      directory: <run>/checkpoints.
+      directory: As for `load_weights`.
       state: An `AgentState` of the same configuration, for instance from `agent.init`.
       step: Which checkpoint; the newest if None.
 
     Raises:
-      ConfigError: if there is no such checkpoint.
+      ConfigError: if there is no such checkpoint, or it is damaged or of another configuration.
     """
-    import orbax.checkpoint as ocp
-
     template = dataclasses.replace(state, replay=None)  # type: ignore[type-var]
-    with _manager(directory) as manager:
-        saved = manager.restore(_step(directory, manager, step), args=ocp.args.StandardRestore(_to_host(template)))
-    restored = jax.tree.map(_from_host, template, saved)
-    return dataclasses.replace(restored, replay=state.replay)  # type: ignore[type-var, attr-defined]
+    saved = _read_arrays(_find(directory, step) / _AGENT)
+    restored = arrays.from_host(template, saved, "agent/")
+    return dataclasses.replace(restored, replay=state.replay)  # type: ignore[attr-defined, no-any-return]
 
 
-def load_weights(directory: pathlib.Path, step: int | None = None) -> dict[str, Any]:
-    """The checkpoint as nested dicts of numpy arrays, for those who only want the model; needs no configuration.
+def load_weights(path: pathlib.Path | str, step: int | None = None) -> dict[str, Any]:
+    """The model alone, as nested dicts of numpy arrays; needs no configuration and no accelerator.
 
     Args:
-      directory: <run>/checkpoints.
-      step: Which checkpoint; the newest if None.
+      path: A run directory, its checkpoints directory, or one checkpoint.
+      step: Which checkpoint; the newest that is whole if None.
+
+    Returns:
+      {"world_model": {"params", "batch_stats"}, "behaviour": {"params", "normaliser"}}.
 
     Raises:
-      ConfigError: if there is no such checkpoint.
+      ConfigError: if there is no such checkpoint, or it is damaged.
     """
+    saved = _read_arrays(_find(pathlib.Path(path), step) / _AGENT)
+    agent = {name.removeprefix("agent/"): array for name, array in saved.items()}
+    return arrays.nest({name: array for name, array in agent.items() if name.startswith(_WEIGHTS)})
+
+
+def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
+    """The directory of a verified checkpoint."""
+    if (path / manifest.NAME).exists() or (path / _AGENT).exists():
+        candidates = [path]
+    else:
+        folder = path / FOLDER if (path / FOLDER).is_dir() else path
+        steps = _steps(folder)
+        if not steps or step not in (None, *steps):
+            wanted = "" if step is None else f" of step {step}"
+            raise ConfigError(f"no checkpoint{wanted} in {path}; there: {sorted(steps) or 'none'}")
+        candidates = [folder / str(one) for one in steps if step in (None, one)]
+    problems = []
+    for candidate in candidates:
+        try:
+            manifest.verify(candidate.absolute())
+        except Invalid as error:
+            problems.append(f"{candidate}: {error}")
+        else:
+            return candidate
+    raise ConfigError(f"no checkpoint can be used: {'; '.join(problems)}; name another one")
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, the newest first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _segment(name: str) -> Segment:
+    segment = replay_log.parse_name(name)
+    if segment is None:
+        raise Invalid(f"{manifest.NAME} names {name}, which is no part of a replay")
+    return segment
+
+
+def _read(directory: pathlib.Path, found: manifest.Manifest) -> Snapshot:
+    try:
+        host = files.unpack(directory / _LOOP)
+        header = json.loads(host.pop("header").tobytes())
+        return Snapshot(found.step, found.end, _read_arrays(directory / _AGENT), header, host)
+    except (OSError, ValueError, KeyError) as error:
+        raise Invalid(f"cannot be read ({_reason(error)})") from error
+
+
+def _write_arrays(path: pathlib.Path, flat: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
-    with _manager(directory) as manager:
-        return manager.restore(_step(directory, manager, step), args=ocp.args.StandardRestore())
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.StandardSave(arrays.nest(flat)))
 
 
-def _manager(directory: pathlib.Path, create: bool = False) -> Any:
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
-    if not create and not directory.is_dir():
-        raise ConfigError(f"no checkpoints at {directory}; name the checkpoints directory of a run")
-    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, enable_async_checkpointing=False, create=create)
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return arrays.flatten(checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore()))
 
 
-def _step(directory: pathlib.Path, manager: Any, step: int | None) -> int:
-    steps = manager.all_steps()
-    if not steps or (step is not None and step not in steps):
-        wanted = "" if step is None else f" of step {step}"
-        raise ConfigError(f"no checkpoint{wanted} in {directory}; there: {sorted(steps) or 'none'}")
-    return int(max(steps) if step is None else step)
+def _free(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or with a number where that is taken."""
+    count = 1
+    while path.exists():
+        count += 1
+        path = path.with_suffix(f".damaged{count}")
+    return path
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_host(tree: Any) -> Any:
-    """Copies to numpy, so that donated buffers may be reused; typed PRNG keys become their words."""
-    words = jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
-    return jax.tree.map(np.array, jax.device_get(words))
-
-
-def _from_host(template: Any, saved: np.ndarray) -> jax.Array:
-    if _is_key(template):
-        return jax.random.wrap_key_data(jnp.asarray(saved), impl=jax.random.key_impl(template))
-    return jnp.asarray(saved)
+def _reason(error: Exception) -> str:
+    """One line; of a path and a system's message, where there are both."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

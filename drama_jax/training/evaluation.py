@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from drama_jax import agent
-from drama_jax.envs.base import Env
+from drama_jax.envs.base import Env, play
 
 
 @jax.jit
@@ -34,7 +34,8 @@ def evaluate(
     key: jax.Array,
     *,
     on_episode: Callable[[float], None] = lambda episode_return: None,
-) -> list[float]:
+    stop: Callable[[], bool] = lambda: False,
+) -> list[float] | None:
     """Plays `episodes` episodes to their end and returns their undiscounted raw returns, environment by environment.
 
     Args:
@@ -43,6 +44,13 @@ def evaluate(
       episodes: How many episodes in all.
       key: PRNG key, consumed; the latents are sampled in evaluation too.
       on_episode: Called with the return of each counted episode as it ends.
+      stop: Asked before every step; True ends the evaluation without a result.
+
+    Returns:
+      The returns; None if `stop` ended it.
+
+    Raises:
+      EmulatorError: an emulator failed.
     """
     quota = episodes_per_environment(episodes, environment.num_envs)
     finished: list[list[float]] = [[] for _ in quota]
@@ -53,9 +61,11 @@ def evaluate(
     observation = environment.reset()
     step = 0
     while any(len(done) < wanted for done, wanted in zip(finished, quota)):
+        if stop():
+            return None
         frames = jax.device_put(observation.frames, may_alias=False)
         actions, acting = _act(state, acting, frames, key, step, observation.first)
-        observation = environment.step(np.asarray(actions))
+        observation = play(environment, np.asarray(actions))
         returns += observation.rewards
         for index in np.flatnonzero(observation.last):
             if len(finished[index]) < quota[index]:

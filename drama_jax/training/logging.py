@@ -6,11 +6,12 @@ Tags follow cleanrl and the released Drama: `charts/episodic_return`, `charts/SP
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,26 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from drama_jax.config import LoggingConfig
+from drama_jax.training.tensorboard import Board
 
 
 class MeanMetrics:
     """Means of scalar metrics over an interval, summed on the device and fetched once."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, jax.Array] | None = None
-        self._count = 0
+        self.sums: dict[str, jax.Array] | None = None
+        self.count = 0
+
+    def restore(self, saved: Mapping[str, np.ndarray], prefix: str, count: int) -> None:
+        """Goes on from sums that were saved under `prefix`."""
+        sums = {name.removeprefix(prefix): jnp.array(saved[name]) for name in saved if name.startswith(prefix)}
+        self.sums, self.count = sums or None, count
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Adds one update's metrics without waiting for them."""
-        self._sums = metrics if self._sums is None else _add(self._sums, metrics)
-        self._count += 1
+        self.sums = metrics if self.sums is None else _add(self.sums, metrics)
+        self.count += 1
 
     def fetch(self) -> dict[str, float]:
         """Means since the last call; waits for the device. Empty if nothing was added."""
-        if self._sums is None:
+        if self.sums is None:
             return {}
-        means = {tag: float(total) / self._count for tag, total in jax.device_get(self._sums).items()}
-        self._sums, self._count = None, 0
+        means = {tag: float(total) / self.count for tag, total in jax.device_get(self.sums).items()}
+        self.sums, self.count = None, 0
         return means
 
 
@@ -47,40 +54,69 @@ def _add(sums: dict[str, jax.Array], metrics: dict[str, jax.Array]) -> dict[str,
 
 
 class Writer:
-    """Writes scalars and images of one run. Use as a context manager, or call `close`."""
+    """Writes scalars and images of one run. Use as a context manager, or call `close`.
 
-    def __init__(self, directory: pathlib.Path, config: LoggingConfig) -> None:
-        self._directory = directory
-        self._lines = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._board: Any = None
-        if config.tensorboard:
-            from tensorboardX import SummaryWriter
+    A disk that is full stops no run: it is reported once, lines wait in memory until they can be written, and what
+    TensorBoard and the images miss meanwhile stays missing.
 
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+    Args:
+      directory: The run directory.
+      config: Whether TensorBoard events are written.
+      start: Agent steps done before; in TensorBoard, events of later steps are hidden.
+      say: Shows a message to the user.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        config: LoggingConfig,
+        *,
+        start: int = 0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._directory, self._say = directory, say
+        self._lines = (directory / "metrics.jsonl").open("ab", buffering=0)
+        self._waiting = b""
+        self._failing = False
+        self._board = Board(directory / "tensorboard", start) if config.tensorboard else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and one point per tag. A number that is not finite becomes null in the JSON."""
         finite = {tag: float(value) if math.isfinite(value) else None for tag, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
-        if self._board is not None:
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, step)
+        self._waiting += (json.dumps({"step": step, **finite}) + "\n").encode()
+        with self._tolerant():
+            while self._waiting:
+                self._waiting = self._waiting[self._lines.write(self._waiting) :]
+            if self._board is not None:
+                self._board.scalars(step, values)
+            self._failing = False
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
         """`image` uint8 [height, width, 3], to images/<tag>-<step>.png and TensorBoard."""
         from PIL import Image
 
         path = self._directory / "images" / f"{tag.replace('/', '-')}-{step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(path)
-        if self._board is not None:
-            self._board.add_image(tag, image, step, dataformats="HWC")
+        with self._tolerant():
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path)
+            if self._board is not None:
+                self._board.image(step, tag, image)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with self._tolerant():
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                self._say(f"the log in {self._directory} cannot be written ({error.strerror or error}); going on")
 
     def __enter__(self) -> Writer:
         return self
@@ -92,19 +128,36 @@ class Writer:
 class Progress:
     """A progress bar on standard error: step, steps/s, time left, last return."""
 
-    def __init__(self, total: int, enabled: bool, description: str) -> None:
+    def __init__(self, total: int, enabled: bool, description: str, initial: int = 0) -> None:
         self._bar: Any = None
+        self._enabled = enabled
         if enabled:
             from tqdm import tqdm
 
             # A file gets a line now and then, a terminal a bar that moves.
             interval = 0.2 if sys.stderr.isatty() else 10.0
-            self._bar = tqdm(total=total, desc=description, unit="step", mininterval=interval, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, desc=description, unit="step", mininterval=interval, dynamic_ncols=True, initial=initial
+            )
 
     def advance(self) -> None:
         """One step done."""
         if self._bar is not None:
             self._bar.update(1)
+
+    @contextlib.contextmanager
+    def part(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar of its own, drawn when the function given back is first called with (steps done, steps in all)."""
+        bars: list[Progress] = []
+
+        def on_step(done: int, total: int) -> None:
+            if not bars:
+                bars.append(Progress(total, self._enabled, description, done - 1))
+            bars[0].advance()
+
+        yield on_step
+        for bar in bars:
+            bar.close()
 
     def show(self, **values: str) -> None:
         """Shows values at the end of the bar."""

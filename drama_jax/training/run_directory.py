@@ -1,25 +1,30 @@
 """The directory of a run: runs/<game>/<preset>/seed<k>-<time>/.
 
-config.json      the resolved configuration, the command, versions, device, commit
+config.json      the resolved configuration, versions, device, commit; one more entry each time the run is continued
 metrics.jsonl    one line per logging interval and per episode
 tensorboard/     the same as TensorBoard events
 images/          reconstructions and imagined rollouts
 checkpoints/     see `checkpoint`
+replay/          see `replay_log`
 scores.json      written at the end
+lock             held by the process that writes to the directory
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import socket
 import subprocess
 import time
 import typing
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +32,7 @@ import jax
 from drama_jax.config import ConfigError, RunConfig
 from drama_jax.training import scores
 
+CONFIG = "config.json"
 _PACKAGES = ("drama_jax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "orbax-checkpoint", "envpool", "ale-py")
 
 
@@ -50,7 +56,7 @@ def create(logdir: pathlib.Path, game: str, preset: str, config: RunConfig) -> p
     try:
         parent.mkdir(parents=True, exist_ok=True)
         directory = _new_directory(parent, name)
-        scores.write(directory / "config.json", describe(game, preset, config))
+        scores.write(directory / CONFIG, {"id": uuid.uuid4().hex, **describe(game, preset, config)})
     except OSError as error:
         raise ConfigError(f"--logdir {logdir}: cannot be written to ({error.strerror or error})") from error
     return directory
@@ -73,13 +79,43 @@ def describe(game: str, preset: str, config: RunConfig) -> dict[str, Any]:
     return {"game": game, "preset": preset, "config": dataclasses.asdict(config), **environment()}
 
 
+@contextlib.contextmanager
+def lock(directory: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from writing to a run directory; the system lets go of it even if this one is killed.
+
+    Raises:
+      ConfigError: another process holds it, or the directory cannot be written to.
+    """
+    import fcntl
+
+    path = directory / "lock"
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written to ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"{directory} is in use by {file.read().strip() or 'another process'}; wait for it to end, or start "
+                f"a run of its own with --no-resume"
+            ) from None
+        with contextlib.suppress(OSError):  # a full disk does not matter here
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
 def load_config(directory: pathlib.Path) -> tuple[str, RunConfig]:
     """The game and the resolved configuration of a run, from its config.json.
 
     Raises:
       ConfigError: if `directory` is no run directory, or its configuration is not one that this version knows.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content["game"], _from_dict(RunConfig, content["config"])
@@ -102,14 +138,19 @@ def _from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
 
 
 def environment() -> Mapping[str, Any]:
-    """Versions of Python and of the packages that matter, the device, and the commit of the source if it is known."""
+    """Versions of Python and the packages that matter, device, XLA's flags, and the commit of the source if known."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "device": jax.devices()[0].device_kind, "commit": _commit()}
+    return {
+        "versions": versions,
+        "device": jax.devices()[0].device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": _commit(),
+    }
 
 
 def _commit() -> str | None:

@@ -52,7 +52,7 @@ def test_the_run_directory_is_complete(finished):
     directory = finished[0]
     assert directory.name.startswith("seed5-")
     assert {path.name for path in directory.iterdir()} == {
-        "config.json", "metrics.jsonl", "tensorboard", "images", "checkpoints", "scores.json"
+        "config.json", "metrics.jsonl", "tensorboard", "images", "checkpoints", "replay", "scores.json", "lock"
     }  # fmt: skip
     config = json.loads((directory / "config.json").read_text())["config"]
     assert config["steps"] == 40 and config["agent"]["imagination"]["horizon"] == 4
@@ -100,7 +100,10 @@ def test_the_checkpoint_holds_the_trained_agent(finished):
     checkpoints = finished[0] / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["30", "40"]
     weights = checkpoint.load_weights(checkpoints)
-    assert weights["replay"] is None
+    assert {name: set(part) for name, part in weights.items()} == {
+        "world_model": {"params", "batch_stats"},
+        "behaviour": {"params", "normaliser"},
+    }
     assert sum(leaf.size for leaf in jax.tree.leaves(weights["world_model"]["params"])) > 10_000
 
 

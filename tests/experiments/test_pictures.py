@@ -11,7 +11,7 @@ from PIL import Image
 
 from drama_jax.config import RunConfig, preset
 from drama_jax.replay import Batch
-from drama_jax.training import checkpoint, loop, run_directory
+from drama_jax.training import arrays, checkpoint, loop, replay_log, run_directory
 from experiments import pictures
 
 ACTIONS = 4  # of Breakout
@@ -34,9 +34,12 @@ def run(tmp_path_factory):
     )
     config = dataclasses.replace(config, agent=small)
     directory = run_directory.create(tmp_path_factory.mktemp("runs"), "Breakout", "tiny", config)
-    checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
-    checkpoints.save(7, loop.initial_state(jax.random.key(0), config.agent, ACTIONS))
+    state = loop.initial_state(jax.random.key(0), config.agent, ACTIONS)
+    device = arrays.to_host({"agent": dataclasses.replace(state, replay=replay_log.without_rows(state.replay))})
+    checkpoints = checkpoint.Checkpoints(directory, "a run", capacity=1)
+    checkpoints.save(checkpoint.Snapshot(7, 0, device, {}, {}))
     checkpoints.close()
+    assert checkpoints.error is None
     return directory, config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from typing import Any
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drama_jax.envs.base import Observation
+from drama_jax import replay
+from drama_jax.config import ReplayConfig
+from drama_jax.envs.base import Observation, StateMismatch
 
 NUM_ACTIONS = 5
 IMAGE_SHAPE = (2, 2, 1)
@@ -36,6 +39,7 @@ class ScriptedEnv:
         self.frame_number = 0
         self.rows: list[dict[str, Any]] = []
         self.events: list[str] = []
+        self.lost = False
 
     def reset(self) -> Observation:
         self.time, self.ended = [0] * self.num_envs, [False] * self.num_envs
@@ -48,6 +52,15 @@ class ScriptedEnv:
 
     def close(self) -> None:
         self.events.append("close")
+
+    def get_state(self) -> bytes:
+        return json.dumps([self.time, self.ended, self.frame_number, self.last_rows]).encode()
+
+    def set_state(self, state: bytes, *, on_step: Any = None) -> Observation:
+        if self.lost:
+            raise StateMismatch("the script was lost")
+        self.time, self.ended, self.frame_number, rows = json.loads(state)
+        return self._observe(rows)
 
     def _step(self, e: int, action: int) -> dict[str, Any]:
         if self.ended[e]:
@@ -73,6 +86,7 @@ class ScriptedEnv:
         }
 
     def _observe(self, rows: list[dict[str, Any]]) -> Observation:
+        self.last_rows = rows
         frames = np.stack([np.full(IMAGE_SHAPE, row["frame"] % 256, np.uint8) for row in rows])
 
         def flags(name: str) -> np.ndarray:
@@ -100,15 +114,14 @@ class RecordingState:
     firsts: jax.Array  # [_ROWS] bool
     trained: jax.Array  # [_ROWS] bool, given to `update` rather than to `observe`
     count: jax.Array  # [] int32
-    replay: jax.Array | None  # [3] float32, stands for the replay
+    replay: replay.Replay  # stays empty
 
 
 def init(*_: Any) -> RecordingState:
     integers, flags = jnp.zeros(_ROWS, jnp.int32), jnp.zeros(_ROWS, jnp.bool_)
     count = jnp.zeros((), jnp.int32)
-    return RecordingState(
-        integers, integers.copy(), jnp.zeros(_ROWS), flags, flags.copy(), flags.copy(), count, jnp.zeros(3)
-    )
+    memory = replay.init(ReplayConfig(capacity=_ROWS), IMAGE_SHAPE)
+    return RecordingState(integers, integers.copy(), jnp.zeros(_ROWS), flags, flags.copy(), flags.copy(), count, memory)
 
 
 def _append(state: RecordingState, transition: Any, trained: bool) -> RecordingState:

@@ -8,11 +8,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from fakes import AGENT, NUM_ACTIONS, RecordingState, ScriptedEnv, init
+from fakes import AGENT, NUM_ACTIONS, ScriptedEnv, init
 
 from drama_jax.config import RunConfig, preset
-from drama_jax.training import loop
+from drama_jax.training import images, loop
+from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.logging import Progress, Writer
+from drama_jax.training.replay_log import Row
 
 WARMUP = 6
 EPISODE = 4
@@ -35,15 +37,24 @@ class ListedCheckpoints:
     """Remembers what was saved."""
 
     def __init__(self) -> None:
-        self.saved: list[tuple[int, int]] = []
+        self.snapshots: list[Snapshot] = []
+        self.rows: list[Row] = []
+        self.saved: int | None = None
 
-    def save(self, step: int, state: RecordingState) -> None:
-        self.saved.append((step, int(state.count)))
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.snapshots.append(snapshot)
+        self.saved = snapshot.step
+
+    def wait(self) -> None:
+        pass
 
 
 def train(tmp_path, monkeypatch, env, steps=20, checkpoints=None, on_measured=lambda seconds, left: None):
     monkeypatch.setattr(loop, "agent", AGENT)
-    monkeypatch.setattr(loop, "_pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
+    monkeypatch.setattr(images, "_pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
     with Writer(tmp_path, run_config(steps).logging) as writer:
         progress = Progress(steps, False, "training")
         return loop.train(
@@ -141,7 +152,8 @@ def test_metrics_are_means_over_the_interval(tmp_path, monkeypatch):
 def test_checkpoints_are_saved_at_intervals_and_at_the_end(tmp_path, monkeypatch):
     checkpoints = ListedCheckpoints()
     train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]), steps=20, checkpoints=checkpoints)
-    assert checkpoints.saved == [(8, 7), (16, 15), (20, 20)]
+    assert [(saved.step, saved.end) for saved in checkpoints.snapshots] == [(8, 7), (16, 15), (20, 20)]
+    assert [int(saved.device["agent/count"]) for saved in checkpoints.snapshots] == [7, 15, 20]
 
 
 def test_the_speed_is_reported_once_after_the_first_measured_updates(tmp_path, monkeypatch, capsys):

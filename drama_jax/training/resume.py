@@ -1,0 +1,219 @@
+"""Which run a command continues, whether it may, and what the run's files must look like then."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.traverse_util
+
+from drama_jax.config import ConfigError, RunConfig
+from drama_jax.training import arrays, loop, replay_log, run_directory, scores
+from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.replay_log import Segment
+from drama_jax.training.run_directory import CONFIG
+
+_MAY_CHANGE = ("steps", "evaluation/", "logging/")
+_CUT = "metrics-cut.jsonl"
+
+
+def find(
+    logdir: pathlib.Path,
+    game: str,
+    preset: str,
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    say: Callable[[str], None] = print,
+) -> pathlib.Path | None:
+    """The run directory to continue; None for a new run.
+
+    That is `logdir` itself if it holds a config.json, otherwise the newest one of this game, preset and seed that is
+    not finished.
+
+    Args:
+      logdir: As given on the command line.
+      game: CamelCase name.
+      preset: Name of the preset.
+      config: Its `steps` and `seed` are looked at.
+      resume: False for a new run in any case.
+      say: Shows a message to the user.
+
+    Raises:
+      ConfigError: `logdir` is the directory of a run, and that is finished or a new one is wanted.
+    """
+    if is_run(logdir):
+        if not resume:
+            raise ConfigError(f"--no-resume: {logdir} holds a run already; name another --logdir, or let it continue")
+        if finished(logdir, config.steps):
+            raise ConfigError(
+                f"--logdir {logdir}: this run is finished; --steps above {config.steps} would train it further"
+            )
+        return logdir
+    if not resume:
+        return None
+    paths = [path for path in logdir.glob(f"{game}/{preset}/seed{config.seed}-*") if is_run(path)]
+    unfinished = [path for path in paths if not finished(path, config.steps)]
+    if unfinished:
+        return max(unfinished, key=lambda path: path.name)
+    if paths:
+        say(f"{max(paths, key=lambda path: path.name)} is finished; this is a new run")
+    return None
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether this is the directory of a run."""
+    return (path / CONFIG).is_file()
+
+
+def finished(directory: pathlib.Path, steps: int) -> bool:
+    """Whether the run has its scores, after at least `steps` steps."""
+    try:
+        reached = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(reached, int) and reached >= steps
+
+
+def check(directory: pathlib.Path, game: str, preset: str, config: RunConfig) -> tuple[str, dict[str, list[Any]]]:
+    """Compares what a run was started with and what is asked for now.
+
+    Returns:
+      The run's identity, and {field: [saved, given]} of the fields that changed and may.
+
+    Raises:
+      ConfigError: a field differs that may not, or config.json cannot be read.
+    """
+    saved = read(directory)
+    before = _flat({"game": saved["game"], "preset": saved["preset"], **saved["config"]})
+    given = _flat({"game": game, "preset": preset, **dataclasses.asdict(config)})
+    changed = {
+        name: [before.get(name), given.get(name)]
+        for name in sorted(before.keys() | given.keys())
+        if before.get(name) != given.get(name)
+    }
+    for name, (old, new) in changed.items():
+        if not name.startswith(_MAY_CHANGE):
+            raise ConfigError(
+                f"{flag(name)}: the run in {directory} has {_show(old)}, given {_show(new)}; only steps, evaluation "
+                f"and logging may change. Give the run's value, or --no-resume for a new run"
+            )
+    return saved["id"], changed
+
+
+def read(directory: pathlib.Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+      ConfigError: it cannot be read, or misses something.
+    """
+    path = directory / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["config"], dict) or not isinstance(content["id"], str):
+            raise TypeError("config or id is of the wrong type")
+        content["game"], content["preset"]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} was not written by this version of drama_jax ({type(error).__name__}: {error}); --no-resume "
+            f"starts a new run"
+        ) from error
+    return dict(content)
+
+
+def note(directory: pathlib.Path, config: RunConfig, step: int, changed: Mapping[str, list[Any]]) -> None:
+    """Writes to config.json that the run is continued, where, with what, and what has changed.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    content = read(directory)
+    part = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "step": step, "changed": dict(changed)}
+    content["config"] = dataclasses.asdict(config)
+    content["continued"] = [*content.get("continued", []), part | dict(run_directory.environment())]
+    try:
+        scores.write(directory / CONFIG, content)
+        done = directory / "scores.json"
+        if done.exists():  # of fewer steps
+            done.rename(directory / f"scores-{json.loads(done.read_text(encoding='utf-8'))['steps']}.json")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{directory}: cannot be written to ({error})") from error
+
+
+def cut_metrics(directory: pathlib.Path, step: int) -> None:
+    """Moves the lines of metrics.jsonl that come after `step`, and are written again now, to metrics-cut.jsonl.
+
+    An evaluation of `step` counts as later, unless its scores are there.
+
+    Raises:
+      ConfigError: the files cannot be written.
+    """
+    path = directory / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        scored = (directory / f"scores-{step}.json").exists()
+        kept = [line for line in lines if _is_kept(line, step, scored)]
+        if len(kept) < len(lines):
+            with (directory / _CUT).open("ab") as file:
+                file.writelines(line for line in lines if not _is_kept(line, step, scored))
+                file.flush()
+                os.fsync(file.fileno())
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(b"".join(kept))
+            partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written to ({error.strerror})") from error
+
+
+def _is_kept(line: bytes, step: int, scored: bool) -> bool:
+    try:
+        values = json.loads(line)
+        evaluated = any(name.startswith("eval/") for name in values)
+        return line.endswith(b"\n") and (
+            values["step"] < step or (values["step"] == step and (scored or not evaluated))
+        )
+    except (ValueError, KeyError, TypeError):
+        return False  # cut off in the middle
+
+
+def restored_state(
+    directory: pathlib.Path, config: RunConfig, num_actions: int, snapshot: Snapshot, segments: list[Segment]
+) -> Any:
+    """The `AgentState` of a checkpoint, replay included, on the default device.
+
+    Raises:
+      ConfigError: the arrays are not those of this configuration.
+    """
+    template = loop.shapes(config.agent, num_actions)
+    small = dataclasses.replace(template, replay=replay_log.without_rows(template.replay))
+    state = arrays.from_host(small, snapshot.device, "agent/")
+    memory = replay_log.with_rows(directory, segments, snapshot.end, state.replay, template.replay)
+    return dataclasses.replace(state, replay=memory)
+
+
+def flag(name: str) -> str:
+    """The flag of a field, given as path: agent/replay/tau -> --agent.replay.tau."""
+    return "--" + name.replace("/", ".").replace("_", "-").replace("lambda-", "lambda_")
+
+
+def announce(changed: Mapping[str, list[Any]], say: Callable[[str], None]) -> None:
+    """One line for each changed field."""
+    for name, (old, new) in changed.items():
+        say(f"{flag(name)} {_show(new)} (was {_show(old)})")
+
+
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    # Through JSON, where tuples become lists and numbers what they will be when they are read.
+    flat: dict[str, Any] = flax.traverse_util.flatten_dict(json.loads(json.dumps(content)), sep="/")
+    return flat
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is None else str(value)

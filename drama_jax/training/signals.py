@@ -1,0 +1,42 @@
+"""SIGTERM and SIGINT as a question that the loop asks between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether one of the signals has come.
+
+    The first one only sets that; the second one has its default effect and ends the process at once. A signal that
+    was ignored stays ignored. What was there before is back in place afterwards. Outside the main thread, where
+    signals cannot be caught, nothing is.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    caught = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+
+    def on_signal(number: int, _: Any) -> None:
+        received.append(number)
+        for one in caught:
+            signal.signal(one, signal.SIG_DFL)
+        # Not print: the signal may have interrupted one.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing the step and saving; a second signal ends at once\n".encode())
+
+    before = {one: signal.signal(one, on_signal) for one in caught}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

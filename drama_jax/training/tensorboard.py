@@ -1,0 +1,83 @@
+"""TensorBoard events, written by the calling thread.
+
+tensorboardX's own writer has a thread that ends when the disk is full; the next calls then wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_FLUSH_SECONDS = 60.0
+
+
+class Board:
+    """One event file in `directory`.
+
+    Args:
+      directory: Created if it is not there.
+      start: Agent steps done before; events of later steps in earlier files are hidden by TensorBoard.
+
+    Raises:
+      OSError: from every method, if the file cannot be written; the next call begins another one.
+    """
+
+    def __init__(self, directory: pathlib.Path, start: int = 0) -> None:
+        self._directory, self._start = directory, start
+        self._files = 0
+        self._writer: Any = None
+        self._flushed = time.monotonic()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One point per tag."""
+        from tensorboardX.summary import scalar
+
+        for tag, value in values.items():
+            self._write(step, summary=scalar(tag, value))
+
+    def image(self, step: int, tag: str, image: np.ndarray) -> None:
+        """`image` uint8 [height, width, 3]."""
+        from tensorboardX.summary import image as summary
+
+        self._write(step, summary=summary(tag, image, dataformats="HWC"))
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        try:
+            if self._writer is None:
+                self._open()
+            self._writer.write_event(Event(step=step, wall_time=time.time(), **content))
+            if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+        except OSError:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                with contextlib.suppress(OSError):
+                    writer.close()
+            raise
+
+    def _open(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._directory.mkdir(exist_ok=True)
+        # Two parts of a run may begin in one second, which is all that their names would tell.
+        suffix = f".{os.getpid()}.{self._files}"
+        self._writer = EventsWriter(str(self._directory / "events"), suffix)
+        if self._start and not self._files:
+            log = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=self._start + 1, wall_time=time.time(), session_log=log))
+        self._files += 1
