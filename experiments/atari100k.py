@@ -142,8 +142,8 @@ def prepare(options: command_line.Options, game: str, config: RunConfig, stack: 
     step = 0 if snapshot is None else snapshot.step
     if step > config.steps:
         raise ConfigError(f"--steps {config.steps}: the run in {directory} has done {step} steps already")
-    resume.cut_metrics(directory, step)
     resume.note(directory, config, step, changed)
+    resume.cut_metrics(directory, step)
     none = "" if snapshot is not None else ", as it has no checkpoint yet"
     print(f"run directory {directory}: going on from step {step}{none}", flush=True)
     resume.announce(changed, _say)

@@ -12,10 +12,12 @@ nothing in it is pickled, and no file is read before its SHA-256 has been compar
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -258,7 +260,7 @@ def _read(directory: pathlib.Path, found: manifest.Manifest) -> Snapshot:
 def _write_arrays(path: pathlib.Path, flat: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.StandardSave(arrays.nest(flat)))
 
 
@@ -267,6 +269,18 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         return arrays.flatten(checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that orbax logs before it raises."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:

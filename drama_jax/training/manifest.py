@@ -6,6 +6,7 @@ It names every file with its size and SHA-256, those of the checkpoint's own dir
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -42,6 +43,7 @@ def write(directory: pathlib.Path, step: int, end: int, run: str, segments: dict
     """Describes the files in `directory`, and writes that there."""
     described = {name: files.describe(directory / name, sync=True) for name in _names(directory)}
     content = {"format": FORMAT, **dataclasses.asdict(Manifest(step, end, run, described, segments))}
+    content["sha256"] = _digest(content)
     files.write(directory / NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -53,8 +55,11 @@ def read(directory: pathlib.Path) -> Manifest:
     """
     try:
         content = json.loads((directory / NAME).read_text(encoding="utf-8"))
-        version = content.pop("format")
+        version, digest = content["format"], content.pop("sha256", None)
         if version == FORMAT:
+            if digest != _digest(content):
+                raise Invalid(f"{NAME} has been changed (its SHA-256 differs)")
+            del content["format"]
             return _checked(Manifest(**content))
     except FileNotFoundError:
         raise Invalid(f"{NAME} is missing") from None
@@ -91,6 +96,11 @@ def verify(directory: pathlib.Path, run: pathlib.Path | None = None, identity: s
     except OSError as error:
         raise Invalid(f"{error.filename} cannot be read ({error.strerror})") from error
     return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's own content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(manifest: Manifest) -> Manifest:
