@@ -14,9 +14,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -260,6 +263,7 @@ def _read(directory: pathlib.Path, found: manifest.Manifest) -> Snapshot:
 def _write_arrays(path: pathlib.Path, flat: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
+    _check_space(path.parent, sum(array.nbytes for array in flat.values()))
     with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.StandardSave(arrays.nest(flat)))
 
@@ -269,6 +273,12 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         return arrays.flatten(checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore()))
+
+
+def _check_space(folder: pathlib.Path, needed: int) -> None:
+    """A full disk in the middle of a write makes tensorstore print more than a line."""
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 @contextlib.contextmanager

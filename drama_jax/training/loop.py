@@ -293,7 +293,7 @@ class _Loop:
             "fed": self.fed,
             "episode_return": self.episode_return,
             "episode_length": self.episode_length,
-            "returns": self.returns,
+            "returns": list(self.returns),  # written while the loop goes on
             "metrics_count": self.metrics.count,
             "warmup_rng": self.warmup_rng.bit_generator.state,
             "seconds": self.seconds(),

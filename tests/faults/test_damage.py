@@ -223,6 +223,27 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(whole, tmp_path, monkeyp
         assert not list(run.rglob("*.partial"))
 
 
+# Threads of tensorstore complain after the error that counts.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_fills_up_while_orbax_writes_leaves_the_previous_checkpoint(logdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_check_space", lambda *_: None)
+    messages: list[str] = []
+    with small_disk(tmp_path / "disk", 8) as disk:
+        run = disk / "run"
+        shutil.copytree(only_run(logdir), run)
+        fill(disk)
+        os.truncate(disk / "filler", (disk / "filler").stat().st_size - 100_000)
+        identity = resume.read(run)["id"]
+        found, segments = checkpoint.load(run, identity)
+        noise = np.random.default_rng(0)
+        device = {name: noise.normal(size=(1000, *array.shape)) for name, array in found.device.items()}
+        checkpoints = Checkpoints(run, identity, 25, segments, messages.append)
+        checkpoints.save(checkpoint.Snapshot(31, found.end, device, {}, {}))
+        checkpoints.close()
+        assert "No space left on device" in checkpoints.error and len(messages) == 1 and "\n" not in messages[0]
+        assert checkpoint.load(run, identity)[0].step == 30
+
+
 def test_the_last_checkpoint_not_saved_is_exit_code_1_and_can_be_repeated(whole, tmp_path, monkeypatch, capsys):
     with small_disk(tmp_path / "disk", 8) as disk:
         with haunted(monkeypatch, {47: lambda: fill(disk)}), saving_synchronously(monkeypatch):
