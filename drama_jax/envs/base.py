@@ -6,9 +6,11 @@ E is the number of parallel environments; H, W, C are frame height, width and ch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from drama_jax.config import ConfigError
 
 
 class StateMismatch(RuntimeError):  # noqa: N818 - it says what was found
@@ -101,9 +103,11 @@ def check_actions(actions: np.ndarray, num_envs: int, num_actions: int) -> np.nd
     return array.astype(np.int32)
 
 
-def play(env: Env, actions: np.ndarray) -> Observation:
-    """`env.step(actions)`; what emulators raise where they fail becomes an `EmulatorError`."""
+def attempt(call: Callable[..., Observation], *arguments: Any, **options: Any) -> Observation:
+    """What a method of an environment returns; what emulators raise where they fail becomes an `EmulatorError`."""
     try:
-        return env.step(actions)
+        return call(*arguments, **options)
+    except (ConfigError, StateMismatch):
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise EmulatorError(f"{type(error).__name__}: {error}") from error

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from drama_jax import agent
-from drama_jax.envs.base import Env, play
+from drama_jax.envs.base import Env, attempt
 
 
 @jax.jit
@@ -58,14 +58,14 @@ def evaluate(
     acting = agent.initial_acting(state, environment.num_envs)
     if episodes == 0:
         return []
-    observation = environment.reset()
+    observation = attempt(environment.reset)
     step = 0
     while any(len(done) < wanted for done, wanted in zip(finished, quota)):
         if stop():
             return None
         frames = jax.device_put(observation.frames, may_alias=False)
         actions, acting = _act(state, acting, frames, key, step, observation.first)
-        observation = play(environment, np.asarray(actions))
+        observation = attempt(environment.step, np.asarray(actions))
         returns += observation.rewards
         for index in np.flatnonzero(observation.last):
             if len(finished[index]) < quota[index]:
