@@ -1,7 +1,7 @@
-"""The world model predicts: one-step frames of real Breakout beat a copy of the frame before.
+"""The world model predicts: after the tiny run on Breakout, the next frame is closer than a copy of the one before.
 
-The tiny preset sees all of Breakout at 32 pixels, where the paddle is half a pixel tall: its short run learns the
-background, not what moves. Here the same model sees the strip around the paddle instead, stretched to 32 x 32.
+The run is the real one, all steps of preset `tiny` through the training loop and EnvPool; the frames it is judged on
+come from another emulator seed, played by uniformly random actions.
 """
 
 from __future__ import annotations
@@ -14,58 +14,55 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drama_jax import agent
 from drama_jax.config import preset
 from drama_jax.envs import make_atari
 from drama_jax.replay import Batch
 from drama_jax.training import loop, prediction
+from drama_jax.training.logging import Progress, Writer
 
-SEED = 0
-TRAINED, HELD_OUT = 1_600, 600  # steps
-WINDOW, CONTEXT = 20, 4
-UPDATES = 400
-
-
-def paddle_strip(frame):
-    """[160, 160, 3] uint8 -> [32, 32, 3]: rows 138 to 153 twice as tall, columns averaged in fives."""
-    return np.repeat(frame[138:154], 2, axis=0).reshape(32, 32, 5, 3).mean(axis=2).astype(np.uint8)
+SEED, OTHER_SEED = 0, 7
+HELD_OUT = 600  # steps
+WINDOW, CONTEXT = 24, 4
 
 
-def play(rng, environment, steps):
-    """`steps` steps of uniformly random play, one column per field of `Transition`."""
+def breakout(config, seed):
+    size = config.agent.world_model.autoencoder.image_size
+    return contextlib.closing(make_atari("Breakout", config.atari, num_envs=1, image_size=size, seed=seed))
+
+
+def train(config, directory):
+    """The training half of the command, less the checkpoints."""
+    init_key, train_key = jax.random.split(jax.random.key(SEED))
+    with breakout(config, SEED) as environment, Writer(directory, config.logging) as writer:
+        state = loop.initial_state(init_key, config.agent, environment.num_actions)
+        progress = Progress(config.steps, False, "training")
+        return loop.train(config, environment, state, train_key, writer=writer, progress=progress).state
+
+
+def held_out(config):
+    """Windows [B, T] of uniformly random play."""
+    rng = np.random.default_rng(OTHER_SEED)
     rows = []
-    observation = environment.reset()
-    while len(rows) < steps:
-        actions = rng.integers(environment.num_actions, size=1, dtype=np.int32)
-        after = environment.step(actions)
-        frame = paddle_strip(observation.frames[0])
-        rows.append((frame, actions[0], after.rewards[0], after.terminals[0], observation.first[0]))
-        observation = environment.step(actions) if after.last[0] else after
-    return [jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True)]
+    with breakout(config, OTHER_SEED) as environment:
+        observation = environment.reset()
+        while len(rows) < HELD_OUT:
+            actions = rng.integers(environment.num_actions, size=1, dtype=np.int32)
+            after = environment.step(actions)
+            frame = observation.frames[0].copy()
+            rows.append((frame, actions[0], after.rewards[0], after.terminals[0], observation.first[0]))
+            observation = environment.step(actions) if after.last[0] else after
+    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    return Batch(*(jnp.asarray(column.reshape(-1, WINDOW, *column.shape[1:])) for column in columns))
 
 
 @pytest.fixture(scope="module")
-def trained():
-    """An agent whose world model was trained on random play, and windows [B, T] of steps that it has not seen."""
+def trained(tmp_path_factory):
+    """The agent at the end of the run, and windows of steps that it has not seen."""
     config = preset("tiny")
-    rng = np.random.default_rng(SEED)
-    environment = make_atari("Breakout", config.atari, num_envs=1, image_size=160, seed=SEED)
-    with contextlib.closing(environment):
-        columns = play(rng, environment, TRAINED)
-        held_out = play(rng, environment, HELD_OUT)
-        num_actions = environment.num_actions
-    memory = dataclasses.replace(config.agent.replay, capacity=TRAINED)
-    state = loop.initial_state(jax.random.key(SEED), dataclasses.replace(config.agent, replay=memory), num_actions)
-    fields = dict(zip(("frames", "actions", "rewards", "terminals", "firsts"), columns, strict=True))
-    state = dataclasses.replace(
-        state,
-        replay=dataclasses.replace(state.replay, **fields, size=jnp.asarray(TRAINED, jnp.int32)),
-        hyper=dataclasses.replace(state.hyper, world_model_learning_rate=jnp.asarray(2e-3, jnp.float32)),
-    )
-    update = jax.jit(agent.train_world_model, donate_argnums=0)
-    for _ in range(UPDATES):
-        state, _ = update(state)
-    return state, Batch(*(column.reshape(-1, WINDOW, *column.shape[1:]) for column in held_out))
+    logging = dataclasses.replace(config.logging, tensorboard=False, images_every=config.steps)
+    state = train(dataclasses.replace(config, logging=logging), tmp_path_factory.mktemp("run"))
+    assert int(state.replay.size) == config.steps
+    return state, held_out(config)
 
 
 measure = jax.jit(prediction.one_step_errors, static_argnames="context")
@@ -73,8 +70,8 @@ measure = jax.jit(prediction.one_step_errors, static_argnames="context")
 
 def test_the_next_frame_is_predicted_better_than_copied(trained):
     errors = measure(*trained, context=CONTEXT)
-    assert errors.pairs > 150
-    assert errors.model < 0.7 * errors.copy
+    assert errors.pairs > 400
+    assert errors.model < 0.9 * errors.copy
     # What the autoencoder loses is lost to every latent.
     assert errors.reconstruction < errors.model
 
@@ -84,7 +81,7 @@ def test_the_prediction_comes_from_the_past_in_its_order(trained):
     order = jnp.asarray(np.random.default_rng(SEED).permutation(WINDOW))
     shuffled = measure(*trained, context=CONTEXT, order=order)
     assert shuffled.model > 1.5 * ordered.model
-    assert shuffled.model > shuffled.copy
+    assert shuffled.model > 1.2 * shuffled.copy
     # The order reaches the sequence model only.
     np.testing.assert_allclose(shuffled.copy, ordered.copy, rtol=1e-6)
     np.testing.assert_allclose(shuffled.reconstruction, ordered.reconstruction, rtol=1e-6)
