@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
+import re
 import shlex
 import signal
 
@@ -26,6 +28,8 @@ from micro import (
 from drama_jax.envs import envpool_backend
 from drama_jax.training import replay_log, run_directory
 from experiments import atari100k
+
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -204,6 +208,39 @@ def test_more_steps_continue_a_finished_run_and_the_same_command_starts_another(
     assert len(list(tmp_path.glob("*/*/seed*"))) == 2
     assert atari100k.main([*ARGUMENTS, "--logdir", str(run), "--steps", "25"]) == 2
     assert "is finished" in capsys.readouterr().err
+
+
+def test_every_command_of_the_readme_does_what_it_says(tmp_path, monkeypatch, capsys):
+    """In order, with the smallest sizes; preset xs becomes tiny, and 120,000 steps become 52."""
+    section = README.split("## Long runs")[1].split("\n## ")[0]
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    small = [word for word in ARGUMENTS if word not in ("--game", "Breakout")]
+
+    def run(line: str) -> str:
+        directory = next(iter(sorted(tmp_path.glob("runs/Breakout/tiny/*"))), tmp_path)
+        line = line.replace("runs/Breakout/xs/seed0-<time>", str(directory)).replace("120000", "52")
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "python"
+        if arguments[0] == "-c":
+            exec(compile(arguments[1], "README.md", "exec"), {})
+        else:
+            assert arguments[:2] == ["-m", "experiments.atari100k"]
+            assert atari100k.main([*small, *arguments[2:]]) == 0
+        output = capsys.readouterr()
+        return output.out + output.err
+
+    start, further, this, beside, deterministic, weights = block.splitlines()
+    with haunted(monkeypatch, {24: die}), pytest.raises(Killed):
+        run(start)
+    assert "going on from step 20" in run(start)
+    assert "--steps 52 (was 48)" in run(further)
+    (tmp_path / "runs/Breakout/tiny").joinpath(os.listdir("runs/Breakout/tiny")[0], "scores.json").unlink()
+    assert "going on from step 52" in run(this.replace(" --logdir", " --steps 52 --logdir"))
+    assert "run directory" in run(beside) and len(os.listdir("runs/Breakout/tiny")) == 2
+    assert "this run" in run(deterministic) and "xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
+    assert "world_model" in run(weights)
 
 
 def test_the_parts_of_a_segment_are_the_rows_of_the_run():
