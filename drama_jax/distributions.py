@@ -144,18 +144,22 @@ def categorical_kl(p_log: jax.Array, q_log: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(p_log) * (p_log - q_log), axis=(-2, -1))
 
 
-def free_bits_kl(p_log: jax.Array, q_log: jax.Array, free_bits: float) -> tuple[jax.Array, jax.Array]:
-    """The mean KL, not penalised below `free_bits` nats (the threshold applies after the mean).
+def free_bits_kl(
+    p_log: jax.Array, q_log: jax.Array, free_bits: float, weight: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The mean KL(p || q), not penalised below `free_bits` nats (the threshold applies after the mean).
 
     Args:
       p_log: logits of p [..., K, C].
       q_log: logits of q [..., K, C].
       free_bits: threshold in nats, for the sum over the K categoricals.
+      weight: how much each divergence counts [...], 0 or 1; None if all count. If none does, the mean is 0.
 
     Returns:
       (max(free_bits, mean KL) [], mean KL []).
     """
-    mean = jnp.mean(categorical_kl(p_log, q_log))
+    kl = categorical_kl(p_log, q_log)
+    mean = kl.mean() if weight is None else (weight * kl).sum() / jnp.maximum(weight.sum(), 1)
     return jnp.maximum(jnp.asarray(free_bits, mean.dtype), mean), mean
 
 

@@ -308,9 +308,7 @@ def kl_loss(
     Returns:
       max(free_bits, mean KL) and the mean KL itself.
     """
-    kl = distributions.categorical_kl(log_posterior[:, 1:], log_prior[:, :-1])
-    mean = kl.mean() if weight is None else (weight * kl).sum() / jnp.maximum(weight.sum(), 1)
-    return jnp.maximum(mean, free_bits), mean
+    return distributions.free_bits_kl(log_posterior[:, 1:], log_prior[:, :-1], free_bits, weight)
 
 
 def loss(
