@@ -6,7 +6,6 @@ tensorboardX's own writer has a thread that ends when the disk is full; the next
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -30,7 +29,6 @@ class Board:
 
     def __init__(self, directory: pathlib.Path, start: int = 0) -> None:
         self._directory, self._start = directory, start
-        self._files = 0
         self._writer: Any = None
         self._flushed = time.monotonic()
 
@@ -74,10 +72,10 @@ class Board:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._directory.mkdir(exist_ok=True)
-        # Two parts of a run may begin in one second, which is all that their names would tell.
-        suffix = f".{os.getpid()}.{self._files}"
+        # Two files may begin in one second, which is all that their names would tell; they are read in this order.
+        suffix = f".{sum(1 for _ in self._directory.iterdir()):04d}"
         self._writer = EventsWriter(str(self._directory / "events"), suffix)
-        if self._start and not self._files:
+        if self._start:
             log = SessionLog(status=SessionLog.START)
             self._writer.write_event(Event(step=self._start + 1, wall_time=time.time(), session_log=log))
-        self._files += 1
+            self._start = 0  # once is enough

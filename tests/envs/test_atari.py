@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from drama_jax.config import AtariConfig, ConfigError
-from drama_jax.envs import Observation, make_atari
+from drama_jax.envs import Observation, envpool_backend, make_atari
+from drama_jax.envs.base import StateMismatch
 
 BACKENDS = ("envpool", "ale")
 
@@ -212,6 +213,59 @@ def test_state_of_an_ended_episode_and_of_other_settings():
     for rules in ({"max_episode_steps": 4}, {"max_episode_steps": 3, "num_envs": 2}):
         with pytest.raises(ConfigError, match="use the saved settings"):
             _make("Breakout", backend="ale", **rules).set_state(state)
+
+
+# Frostbite: a reset carries over what was played before, so the running episode's actions alone would not do.
+@pytest.mark.parametrize("rules", [{}, {"noop_max": 4, "sticky_actions": 0.25}])
+def test_envpool_returns_to_a_state_by_playing_everything_again(rules):
+    env = _make("Frostbite", num_envs=2, max_episode_steps=60, **rules)
+    actions = _actions(300, 2, env.num_actions)
+    saved = [_play(env, actions[:170]), env.get_state()][1]
+    following = [env.step(row) for row in actions[170:]]
+    other = _make("Frostbite", num_envs=2, max_episode_steps=60, **rules)
+    other.reset()  # it need not be fresh
+    seen: list[tuple[int, int]] = []
+    observation = other.set_state(saved, on_step=lambda *progress: seen.append(progress))
+    assert seen == [(call, 171) for call in range(1, 172)]  # the reset, and every step
+    again = [other.step(row) for row in actions[170:]]
+    for one, two in zip(following, again):
+        for left, right in zip(one, two):
+            np.testing.assert_array_equal(left, right)
+    assert any(row.first.any() for row in following) and not observation.first.any()
+    # From there it can be saved again.
+    third = _make("Frostbite", num_envs=2, max_episode_steps=60, **rules)
+    np.testing.assert_array_equal(third.set_state(other.get_state()).frames, again[-1].frames)
+
+
+def test_envpool_says_when_it_did_not_get_there(monkeypatch):
+    env = _make("Breakout", max_episode_steps=60)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.get_state()
+    _play(env, _actions(20, 1, 4))
+    state = env.get_state()
+    with pytest.raises(ConfigError, match="use the saved settings"):
+        _make("Breakout", max_episode_steps=61).set_state(state)
+    with monkeypatch.context() as patch:
+        patch.setattr(envpool_backend, "_digest", lambda observation: "another")
+        with pytest.raises(StateMismatch, match="do not lead to the same picture"):
+            env.set_state(state)
+    monkeypatch.setattr(envpool_backend, "_version", lambda: "9.9")
+    with pytest.raises(StateMismatch, match="saved by envpool .*, this is 9.9"):
+        env.set_state(state)
+    # It is as new, and what it plays now can be saved.
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(np.array([0]))
+    assert env.reset().first.all()
+    np.testing.assert_array_equal(env.set_state(env.get_state()).frames, env.reset().frames)
+
+
+def test_ale_says_when_another_version_saved_the_state(monkeypatch):
+    env = _make("Breakout", backend="ale")
+    env.reset()
+    state = env.get_state()
+    monkeypatch.setattr("ale_py.__version__", "9.9")
+    with pytest.raises(StateMismatch, match="saved by ale-py .*, this is 9.9"):
+        env.set_state(state)
 
 
 @pytest.fixture(scope="module")

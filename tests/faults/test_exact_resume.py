@@ -18,6 +18,7 @@ from micro import (
     assert_same,
     compiled_fast,
     die,
+    final,
     haunted,
     main,
     metrics,
@@ -241,6 +242,21 @@ def test_every_command_of_the_readme_does_what_it_says(tmp_path, monkeypatch, ca
     assert "run directory" in run(beside) and len(os.listdir("runs/Breakout/tiny")) == 2
     assert "this run" in run(deterministic) and "xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
     assert "world_model" in run(weights)
+
+
+def test_another_seed_is_another_run(envpool_run, tmp_path):
+    assert main(tmp_path, "--seed", "1") == 0
+    one, two = final(envpool_run), final(only_run(tmp_path))
+    kernels = [name for name in one if "/params/" in name and name.endswith("kernel")]
+    assert kernels and not any(np.array_equal(one[name], two[name]) for name in kernels)
+    assert not np.array_equal(one["actions"], two["actions"])
+
+
+def test_flags_of_xla_that_are_set_already_are_kept(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
+    atari100k.make_deterministic()
+    atari100k.make_deterministic()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/tmp/x --xla_gpu_deterministic_ops=true"
 
 
 def test_the_parts_of_a_segment_are_the_rows_of_the_run():

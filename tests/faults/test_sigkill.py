@@ -15,9 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-from micro import ARGUMENTS, ENVIRONMENT, STEPS, assert_same, compiled_fast, final, main, only_run, steps_saved
+from micro import ARGUMENTS, ENVIRONMENT, assert_same, compiled_fast, main, only_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT_S = 300.0
@@ -43,9 +42,9 @@ def environment(compiled: pathlib.Path) -> dict[str, str]:
     return os.environ | ENVIRONMENT | cache
 
 
-def start(logdir: pathlib.Path, compiled: pathlib.Path, *more: str) -> subprocess.Popen[str]:
-    """The program in a process of its own."""
-    command = [sys.executable, "-m", "experiments.atari100k", *ARGUMENTS, "--logdir", str(logdir), *more]
+def start(logdir: pathlib.Path, compiled: pathlib.Path) -> subprocess.Popen[str]:
+    """The program in a process of its own; on a CPU `--deterministic` must change nothing."""
+    command = [sys.executable, "-m", "experiments.atari100k", *ARGUMENTS, "--logdir", str(logdir), "--deterministic"]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -125,14 +124,3 @@ def test_twenty_kills_at_random_moments(whole, compiled, tmp_path):
         assert process.returncode == 0, output
     assert_same(only_run(tmp_path / "killed"), whole)
     assert kills_in_a_save > 0
-
-
-@pytest.mark.slow
-def test_another_seed_is_another_run(whole, compiled, tmp_path):
-    process = start(tmp_path, compiled, "--seed", "1")
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, output
-    one, two = final(whole), final(only_run(tmp_path))
-    assert steps_saved(only_run(tmp_path))[-1] == STEPS
-    same = [np.array_equal(one[key], two[key]) for key in one if "params" in key and key.endswith("kernel")]
-    assert same and not any(same)

@@ -143,18 +143,18 @@ def update(state: RecordingState, transition: Any) -> tuple[RecordingState, dict
 
 def act(
     state: RecordingState,
-    acting: jax.Array,
+    acting: dict[str, jax.Array],
     frames: jax.Array,
     key: jax.Array,
     first: jax.Array,
     *,
     greedy: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The action is a function of the frame, so that a test can tell which frame an action was chosen in.
 
     `acting` counts the steps of the episode. A greedy action never is NUM_ACTIONS - 1.
     """
-    acting = jnp.where(first, 0, acting) + 1
+    acting = {"steps": jnp.where(first, 0, acting["steps"]) + 1}
     return frames[:, 0, 0, 0].astype(jnp.int32) % (NUM_ACTIONS - 1 if greedy else NUM_ACTIONS), acting
 
 
@@ -162,6 +162,6 @@ AGENT = types.SimpleNamespace(
     observe=lambda state, transition: _append(state, transition, False),
     update=update,
     act=act,
-    initial_acting=lambda state, num_envs: jnp.zeros(num_envs, jnp.int32),
+    initial_acting=lambda state, num_envs: {"steps": jnp.zeros(num_envs, jnp.int32)},
     sampler_metrics=lambda state: {"replay/size": state.count.astype(jnp.float32)},
 )

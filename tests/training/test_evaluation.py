@@ -48,3 +48,10 @@ def test_the_state_is_left_as_it_was(monkeypatch):
     before = jax.device_get(state)
     evaluation.evaluate(state, ScriptedEnv([3]), 2, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+
+
+def test_it_can_be_stopped(monkeypatch):
+    monkeypatch.setattr(evaluation, "agent", AGENT)
+    env, asked = ScriptedEnv([3]), iter(range(1, 100))
+    assert evaluation.evaluate(init(), env, 2, jax.random.key(0), stop=lambda: next(asked) == 3) is None
+    assert env.events == ["step", "step"]

@@ -7,11 +7,13 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from drama_jax.config import LoggingConfig
 from drama_jax.training.logging import MeanMetrics, Progress, Writer, comparison_strip
+from drama_jax.training.tensorboard import Board
 
 
 def test_mean_metrics_start_anew_after_each_fetch():
@@ -91,3 +93,67 @@ def test_without_a_bar_messages_are_still_shown(capsys):
     progress.say("a message")
     progress.close()
     assert capsys.readouterr().err == "a message\n"
+
+
+def test_a_continued_run_hides_later_events_in_tensorboard(tmp_path):
+    for start, value in ((0, 1.0), (10, 2.0)):
+        with Writer(tmp_path, LoggingConfig(), start=start) as writer:
+            for step in range(start + 5, 25, 5):
+                writer.scalars(step, {"a": value})
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("a")] == [(5, 1.0), (10, 1.0), (15, 2.0), (20, 2.0)]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line_of_metrics(tmp_path, monkeypatch):
+    said: list[str] = []
+    with Writer(tmp_path, LoggingConfig(), say=said.append) as writer:
+        writer.scalars(1, {"a": 1.0})
+        lines, room = writer._lines, 5
+
+        class FullDisk:
+            """Takes `room` bytes in all."""
+
+            def write(self, content: bytes) -> int:
+                nonlocal room
+                if not room:
+                    raise OSError(28, "No space left on device")
+                written = lines.write(content[:room])
+                room -= written
+                return written
+
+            close = lines.close
+
+        writer._lines = FullDisk()
+        for step in (2, 3):
+            writer.scalars(step, {"a": float(step)})
+        room = 1000
+        writer.scalars(4, {"a": 4.0})
+        room = 0
+        writer.scalars(5, {"a": 5.0})
+        writer._lines = lines
+        writer.scalars(6, {"a": 6.0})
+    stored = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert stored == [{"step": step, "a": float(step)} for step in range(1, 7)]
+    assert len(said) == 2 and all("No space left on device" in line and "going on" in line for line in said)
+
+
+def test_tensorboard_starts_another_file_after_an_error(tmp_path):
+    board = Board(tmp_path / "events")
+    board.scalars(1, {"a": 1.0})
+
+    class Broken:
+        def write_event(self, _):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            raise OSError(28, "No space left on device")
+
+    board.close()
+    board._writer = Broken()
+    with pytest.raises(OSError, match="No space"):
+        board.scalars(2, {"a": 2.0})
+    board.scalars(3, {"a": 3.0})
+    board.close()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [event.step for event in events.Scalars("a")] == [1, 3]

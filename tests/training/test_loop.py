@@ -11,7 +11,7 @@ import pytest
 from fakes import AGENT, NUM_ACTIONS, ScriptedEnv, init
 
 from drama_jax.config import RunConfig, preset
-from drama_jax.training import images, loop
+from drama_jax.training import arrays, images, loop, replay_log
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.replay_log import Row
@@ -52,7 +52,17 @@ class ListedCheckpoints:
         pass
 
 
-def train(tmp_path, monkeypatch, env, steps=20, checkpoints=None, on_measured=lambda seconds, left: None):
+def train(
+    tmp_path,
+    monkeypatch,
+    env,
+    steps=20,
+    checkpoints=None,
+    on_measured=lambda seconds, left: None,
+    state=None,
+    snapshot=None,
+    stop=lambda: False,
+):
     monkeypatch.setattr(loop, "agent", AGENT)
     monkeypatch.setattr(images, "_pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
     with Writer(tmp_path, run_config(steps).logging) as writer:
@@ -60,12 +70,14 @@ def train(tmp_path, monkeypatch, env, steps=20, checkpoints=None, on_measured=la
         return loop.train(
             run_config(steps),
             env,
-            init(),
+            init() if state is None else state,
             jax.random.key(0),
             writer=writer,
             progress=progress,
             checkpoints=checkpoints,
             on_measured=on_measured,
+            snapshot=snapshot,
+            stop=stop,
         )
 
 
@@ -173,3 +185,79 @@ def test_runs_too_short_for_an_update_end_well(tmp_path, monkeypatch, steps):
     result = train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]), steps=steps)
     assert int(result.state.count) == steps
     assert result.ms_per_step is None
+
+
+def continued(tmp_path, monkeypatch, snapshot, steps=20, lost=False):
+    """The rest of a run, with a fresh agent and environment."""
+    env = ScriptedEnv([EPISODE])
+    env.lost = lost
+    small = init().replace(replay=replay_log.without_rows(init().replay))
+    state = arrays.from_host(small, snapshot.device, "agent/").replace(replay=init().replay)
+    checkpoints = ListedCheckpoints()
+    result = train(tmp_path, monkeypatch, env, steps, checkpoints, state=state, snapshot=snapshot)
+    return result, env, checkpoints
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, WARMUP, 8, 11, 12, 19, 20])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, stop_after):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = train(tmp_path / "whole", monkeypatch, ScriptedEnv([EPISODE]), checkpoints=ListedCheckpoints())
+    first, asked = ListedCheckpoints(), iter(range(1, 100))
+    stopped = train(
+        tmp_path / "parts",
+        monkeypatch,
+        ScriptedEnv([EPISODE]),
+        checkpoints=first,
+        stop=lambda: next(asked) == stop_after,
+    )
+    assert stopped.stopped == stop_after and first.snapshots[-1].step == stop_after
+    # One save where a periodic one falls on the same step.
+    assert [saved.step for saved in first.snapshots] == sorted({*range(8, stop_after + 1, 8), stop_after})
+    result, env, rest = continued(tmp_path / "parts", monkeypatch, first.snapshots[-1])
+    jax.tree.map(np.testing.assert_array_equal, result.state, whole.state)
+    assert result.returns == whole.returns and result.stopped is None
+    assert len(env.rows) == 20 - stop_after
+    assert result.wall_clock_s > result.this_part_s
+    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")}
+    rows = {name: [json.loads(line) for line in text] for name, text in lines.items()}
+    for row in rows["whole"] + rows["parts"]:
+        row.pop("charts/SPS", None)
+    assert rows["whole"] == rows["parts"]
+    # Every step is in the log of rows once, in order.
+    logged = [row.frames[0, 0, 0, 0] for row in first.rows + rest.rows]
+    np.testing.assert_array_equal(logged, whole.state.frames[:20])
+
+
+def test_where_the_environment_is_lost_the_episode_is_cut(tmp_path, monkeypatch):
+    first, asked = ListedCheckpoints(), iter(range(1, 100))
+    train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]), checkpoints=first, stop=lambda: next(asked) == 10)
+    result, _, _ = continued(tmp_path, monkeypatch, first.snapshots[-1], lost=True)
+    firsts = np.flatnonzero(result.state.firsts[:20])
+    np.testing.assert_array_equal(firsts, [0, 4, 8, 10, 14, 18])
+    assert not result.state.terminals[9] and int(result.state.count) == 20
+    assert [step for step, _ in result.returns] == [4, 8, 14, 18]
+    assert {value for _, value in result.returns} == {104.0}
+
+
+@pytest.mark.parametrize("call", [1, 5, 9, 10, 13])
+def test_an_emulator_that_fails_leaves_a_run_that_can_go_on(tmp_path, monkeypatch, call):
+    """Call 5 is a reset after an episode's end, call 10 too."""
+    env, checkpoints = ScriptedEnv([EPISODE]), ListedCheckpoints()
+    step, calls = env.step, iter(range(1, 100))
+
+    def failing(actions):
+        if next(calls) == call:
+            raise RuntimeError("smoke")
+        return step(actions)
+
+    env.step = failing
+    result = train(tmp_path, monkeypatch, env, checkpoints=checkpoints)
+    assert "smoke" in result.fault and result.stopped is None
+    if call == 1:
+        assert checkpoints.snapshots == []
+        return
+    done = checkpoints.snapshots[-1].step
+    assert f"in step {done}:" in result.fault and len(checkpoints.rows) == checkpoints.snapshots[-1].end == done
+    rest, _, more = continued(tmp_path, monkeypatch, checkpoints.snapshots[-1], lost=True)
+    assert int(rest.state.count) == 20 and len(checkpoints.rows) + len(more.rows) == 20
