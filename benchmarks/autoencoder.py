@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
+from benchmarks import common, floors
 from drama_jax import nn, vae
 from drama_jax.config import preset
 from drama_jax.nn import gpu_convolution
@@ -26,14 +26,6 @@ from drama_jax.nn import gpu_convolution
 LAYERS = [(32, 16, 64, False), (32, 64, 32, True), (16, 128, 48, True), (8, 192, 64, True), (4, 256, 64, False)]
 # (height, input channels, output channels) of training's convolutions, forward and backward.
 TRAINING = [(32, 16, 64), (32, 64, 32), (32, 64, 16), (32, 32, 64), (16, 128, 48), (8, 192, 64)]
-
-
-def floor_ms(flop: float, traffic: float) -> float | None:
-    """The least time for so many operations and bytes on this card; None if its ceilings are not known."""
-    ceilings = common.CEILINGS.get(common.device_name())
-    if ceilings is None:
-        return None
-    return 1e3 * max(flop / ceilings["bf16_flop_per_s"], traffic / ceilings["bytes_per_s"])
 
 
 def layer_rows(frames: int) -> list[dict[str, Any]]:
@@ -90,7 +82,7 @@ def compared(
 ) -> list[dict[str, Any]]:
     """One row per implementation; `error` is the largest difference from the first, over its largest value."""
     cells = arguments[0].size // arguments[0].shape[-1]
-    floor = floor_ms(2.0 * cells * 9 * products, 2.0 * cells * channels)
+    floor = floors.floor_ms(2.0 * cells * 9 * products, 2.0 * cells * channels)
     expected, rows = None, []
     for implementation, function in functions.items():
         run = functools.partial(jax.jit(function), *arguments)

@@ -3,22 +3,20 @@
     python -m benchmarks.imagination --preset xs
 
 Every part is compiled alone and fed with the outputs of the one before, so the sum is above the time of the whole,
-which XLA compiles as one program (`all`). `floor_ms` counts, for each part, the bytes of its inputs and outputs or its
-matrix products, whichever takes longer on this card; the state between two imagined steps is not counted, because a
-perfect kernel would not write it.
+which XLA compiles as one program. `floor_ms` is explained in `benchmarks/floors.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from benchmarks import common, update_step
+from benchmarks import common, floors, update_step
 from drama_jax import agent, replay, world_model
 from drama_jax.behaviour import actor_critic
 from drama_jax.config import PRESETS, preset
@@ -74,61 +72,13 @@ def parts(state: agent.AgentState) -> list[tuple[str, Callable[..., Any], tuple[
     ]
 
 
-def work(state: agent.AgentState) -> dict[str, tuple[float, float]]:
-    """(operations, bytes) of each part, from its sizes; one multiply-add is two operations."""
-    config, im = state.config, state.config.imagination
-    wm = config.world_model
-    frames = im.batch_size * im.context_length
-    frame_bytes = float(math.prod(wm.autoencoder.image_shape))
-    encoder = 2.0 * frames * encoder_multiplies(wm.autoencoder)
-
-    def size(*trees: Any) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(trees))
-
-    model, networks = state.world_model.params, state.behaviour.params
-    actor, critic = size(networks["actor"]), size(networks["critic"])
-    steps = im.batch_size * (im.context_length + im.horizon)
-    rolled = im.batch_size * im.horizon
-    rows = im.batch_size * (im.horizon + 1)
-    imagination = 2.0 * (steps * size(model["backbone"], model["prior_head"]) + rolled * actor)
-    features = 2.0 * rows * wm.feature_size  # bytes in bfloat16
-    training = 2.0 * rows * (3 * (actor + critic) + critic)  # forward and backward, and the slow critic's values
-    counters = 4.0 * config.replay.capacity
-    return {
-        "sample starts": (0.0, 3 * counters),
-        "gather context frames": (0.0, 2 * frames * frame_bytes),
-        "encode context frames": (encoder, frames * frame_bytes),
-        "encode and imagine": (encoder + imagination, frames * frame_bytes + features),
-        "behaviour update": (training, 3 * features),
-    }
-
-
-def encoder_multiplies(config: Any) -> float:
-    """Multiply-adds of the encoder's 5x5 convolutions for one frame, without those of the polyphase form."""
-    size, channels, total = config.image_size, config.image_channels, 0.0
-    for i, depth in enumerate(config.depths):
-        size = size if i == 0 else size // 2
-        total += size * size * 25 * channels * depth
-        channels = depth
-    return total
-
-
 def rows(state: agent.AgentState, preset_name: str, repeats: int) -> list[dict[str, Any]]:
     """One row per part."""
-    counted, ceilings, out = work(state), common.CEILINGS.get(common.device_name()), []
+    out = []
     for name, function, arguments in parts(state):
-        jitted = jax.jit(function)
-        row = {
-            "name": name,
-            "preset": preset_name,
-            "queued_ms": common.queued_ms(lambda jitted=jitted, arguments=arguments: jitted(*arguments), repeats),
-        }
-        if ceilings:
-            flop, traffic = counted[name]
-            floor = 1e3 * max(flop / ceilings["bf16_flop_per_s"], traffic / ceilings["bytes_per_s"])
-            row |= {"floor_ms": floor, "ratio": row["queued_ms"] / floor}
-        out.append(row)
-        print(row, flush=True)
+        run = functools.partial(jax.jit(function), *arguments)
+        out.append({"name": name, "preset": preset_name, "queued_ms": common.queued_ms(run, repeats)})
+    floors.add(out, state, "queued_ms")
     return out
 
 

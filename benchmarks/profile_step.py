@@ -20,19 +20,23 @@ from benchmarks import common, update_step
 from drama_jax.config import PRESETS, preset
 
 PARTS = {
-    # First match wins; the patterns are parts of jax's operation names.
-    "encoder, training backward": r"transpose\(jvp\(Encoder",
-    "encoder, training forward": r"jvp\(Encoder\)",
-    "decoder, training backward": r"transpose\(jvp\(Decoder",
-    "decoder, training forward": r"jvp\(Decoder\)",
-    "encoder, context frames": r"/Encoder/|conv3x3_silu",
-    "backbone, training backward": r"transpose\(jvp\(Mamba2Backbone",
-    "backbone, training forward": r"jvp\(Mamba2Backbone\)",
-    "backbone, context and imagination": r"Mamba2Backbone",
-    "actor and critic, training": r"jvp\(MLP\)|transpose\(jvp\(MLP",
-    "actor in imagination": r"/MLP",
-    "top-k of the sampler": r"top_k",
-    "random numbers": r"gumbel|random|threefry|categorical",
+    # First match wins; the patterns are parts of jax's operation names, that is, of modules and named scopes.
+    "sampler": r"sampler",
+    "gathering windows": r"gather/",
+    "imagination: encoder": r"imagination/Encoder|imagination/Dense",
+    "imagination: actor": r"imagination/.*MLP",
+    "imagination: backbone": r"imagination/.*Mamba2Backbone",
+    "imagination: samples and heads": r"imagination/",
+    "behaviour: optimiser and slow critic": r"behaviour/optimizer",
+    "behaviour: losses and networks": r"behaviour/",
+    "world model: optimiser": r"optimizer",
+    "world model: encoder backward": r"transpose\(jvp\(Encoder",
+    "world model: encoder forward": r"jvp\(Encoder\)",
+    "world model: decoder backward": r"transpose\(jvp\(Decoder",
+    "world model: decoder forward": r"jvp\(Decoder\)",
+    "world model: backbone backward": r"transpose\(jvp\(Mamba2Backbone",
+    "world model: backbone forward": r"jvp\(Mamba2Backbone\)",
+    "world model: losses and heads": r"jvp\(",
 }
 
 
@@ -40,6 +44,13 @@ def operation_names(compiled: Any) -> dict[str, str]:
     """Kernel name -> jax operation name, from the compiled program's metadata."""
     pattern = re.compile(r'%?([\w.\-]+) = .*?metadata=\{[^}]*op_name="([^"]*)"')
     return {name.replace(".", "_").replace("-", "_"): op for name, op in pattern.findall(compiled.as_text())}
+
+
+def operation_of(kernel: str, stats: dict[str, str], operations: dict[str, str]) -> str:
+    """The jax operation behind a kernel: kernels carry the compiler's name, library calls carry it in their stats."""
+    candidates = (kernel, stats.get("hlo_op", ""), re.sub(r"__\d+$", "", kernel))
+    found = (operations[name.replace(".", "_")] for name in candidates if name.replace(".", "_") in operations)
+    return next(found, stats.get("name", ""))
 
 
 def kernel_rows(trace: pathlib.Path, steps: int, operations: dict[str, str]) -> list[dict[str, Any]]:
@@ -52,7 +63,7 @@ def kernel_rows(trace: pathlib.Path, steps: int, operations: dict[str, str]) -> 
         for line in (line for line in plane.lines if "Stream" in line.name):
             for event in line.events:
                 stats = {key: str(value) for key, value in event.stats}
-                operation = operations.get(stats.get("hlo_op", event.name).replace(".", "_"), stats.get("name", ""))
+                operation = operation_of(event.name, stats, operations)
                 total = totals[event.name, operation]
                 total[0] += event.duration_ns / 1e6 / steps
                 total[1] += 1 / steps

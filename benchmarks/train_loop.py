@@ -32,7 +32,7 @@ TRACED = 20
 
 
 class Watched:
-    """An environment that notes when its steps begin and end, and traces the device over the last `TRACED` of them."""
+    """An environment that notes when its steps begin and end, and traces the device for `TRACED` of the last ones."""
 
     def __init__(self, environment: Env, steps: int, trace: pathlib.Path) -> None:
         self._environment, self._steps, self._trace = environment, steps, trace
@@ -44,8 +44,11 @@ class Watched:
 
     def step(self, actions: np.ndarray) -> Any:
         """See `envs.base.Env`."""
-        if len(self.begins) == self._steps - TRACED - 2 and jax.default_backend() != "cpu":
-            jax.profiler.start_trace(str(self._trace))
+        if jax.default_backend() != "cpu":
+            if len(self.begins) == self._steps - TRACED - 4:
+                jax.profiler.start_trace(str(self._trace))
+            if len(self.begins) == self._steps - 4:
+                jax.profiler.stop_trace()
         self.begins.append(time.perf_counter())
         observation = self._environment.step(actions)
         self.seconds.append(time.perf_counter() - self.begins[-1])
@@ -101,10 +104,8 @@ def measure(config: RunConfig, game: str, folder: pathlib.Path) -> dict[str, Any
             checkpoints=checkpoints,
             on_measured=on_measured,
         )
-        if jax.default_backend() != "cpu":
-            jax.profiler.stop_trace()
-    begins = np.diff(watched.begins)[warmup + 10 : -TRACED - 2]
-    played = np.asarray(watched.seconds)[warmup + 10 : -TRACED - 3]
+    untraced = slice(warmup + 10, config.steps - TRACED - 6)
+    begins, played = np.diff(watched.begins)[untraced], np.asarray(watched.seconds)[untraced]
     busy = busy_share(trace)
     stats = jax.local_devices()[0].memory_stats() or {}
     return {

@@ -3,7 +3,8 @@
     python -m benchmarks.update_step --preset xs
 
 Stages are timed twice: `median_ms` waits for the device after every call (dispatch included), `queued_ms` queues
-calls as the training loop does. Frames are random; the time does not depend on what they show.
+calls as the training loop does. Frames are random; the time does not depend on what they show. `floor_ms` is explained
+in `benchmarks/floors.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, floors
 from drama_jax import agent, replay
 from drama_jax.config import PRESETS, preset
 
@@ -111,23 +112,6 @@ def timed_act(state: agent.AgentState, preset_name: str, repeats: int) -> dict[s
     }
 
 
-def floors(rows: list[dict[str, Any]], preset_name: str) -> None:
-    """Adds `floor_ms` and `ratio` where the work was counted: preset xs on a card whose ceilings are known."""
-    ceilings = common.CEILINGS.get(common.device_name())
-    # (TFLOP, GB of unavoidable activation traffic) of preset xs.
-    work = {
-        "world_model_update": (0.9, 3.5),
-        "imagination_behaviour_update": (1.0, 4.0),
-        "act": (0.0011, 0.03),
-        "environment_step": (1.9, 7.5),
-    }
-    for row in rows:
-        if ceilings and preset_name == "xs":
-            flop, traffic = work[row["name"]]
-            floor = flop * 1e12 / ceilings["bf16_flop_per_s"] + traffic * 1e9 / ceilings["bytes_per_s"]
-            row |= {"floor_ms": floor * 1e3, "ratio": row["median_ms"] / (floor * 1e3)}
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,8 +122,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = preset(arguments.preset).agent
     state = filled_state(config, min(arguments.stored, config.replay.capacity))
-    _, rows = timed_stages(state, arguments.preset, arguments.repeats)
-    floors(rows, arguments.preset)
+    state, rows = timed_stages(state, arguments.preset, arguments.repeats)
+    floors.add(rows, state, "median_ms")
     common.write_result("update_step", rows, arguments.out)
 
 

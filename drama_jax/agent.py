@@ -182,6 +182,7 @@ def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:
     return jnp.cumsum(firsts.astype(jnp.int32), axis=-1)
 
 
+@jax.named_scope("imagination")
 def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined, normalisers.InputNormaliser]:
     """Imagined rollouts that continue real windows, in evaluation mode (paper section 2.3).
 

@@ -74,6 +74,7 @@ def imagination_logits(
     return (count - alpha * scaled - beta * jnp.maximum(count - scaled, 0)) / tau
 
 
+@jax.named_scope("sampler")
 def sample(key: jax.Array, logits: jax.Array, size: int | jax.Array, num: int) -> jax.Array:
     """Draws `num` distinct indices among the first `size` entries.
 

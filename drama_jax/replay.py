@@ -111,6 +111,7 @@ def num_starts(replay: Replay, length: int) -> jax.Array:
     return jnp.maximum(replay.size + 1 - length, 0)
 
 
+@jax.named_scope("gather")
 def gather(replay: Replay, starts: jax.Array, length: int) -> Batch:
     """The windows of `length` steps that begin at ages `starts` ([M] int32, each below `num_starts`)."""
     slots = _slots(replay, starts[:, None] + jnp.arange(length, dtype=jnp.int32))

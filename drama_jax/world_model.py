@@ -259,6 +259,7 @@ def forward(
     ), batch_stats
 
 
+@jax.named_scope("losses")
 def losses(
     config: WorldModelConfig, out: Forward, batch: Batch, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -356,7 +357,8 @@ def update(
 
     (_, (metrics, batch_stats)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     optimizer = optim.make_optimizer(config.optimizer, learning_rate)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics["grad_norm"] = optim.gradient_norm(opt_state)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics["grad_norm"] = optim.gradient_norm(opt_state)
+        params = optax.apply_updates(state.params, updates)
     return WorldModelState(params, batch_stats, opt_state), metrics

@@ -154,6 +154,7 @@ def loss(
     return terms.policy_loss + terms.value_loss + terms.slow_value_loss - bonus * terms.entropy, terms
 
 
+@jax.named_scope("behaviour")
 def update(
     config: BehaviourConfig,
     fidelity: Fidelity,
@@ -194,10 +195,13 @@ def update(
 
     (total, terms), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
     optimizer = optim.make_optimizer(config.optimizer, learning_rate)
-    steps, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, steps)
     decay = config.slow_critic_decay
-    slow_critic = jax.tree.map(lambda slow, new: decay * slow + (1 - decay) * new, state.slow_critic, params["critic"])
+    with jax.named_scope("optimizer"):
+        steps, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, steps)
+        slow_critic = jax.tree.map(
+            lambda slow, new: decay * slow + (1 - decay) * new, state.slow_critic, params["critic"]
+        )
     metrics = {
         "policy_loss": terms.policy_loss,
         "value_loss": terms.value_loss,
