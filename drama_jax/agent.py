@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import distributions, imagination, replay, world_model
+from drama_jax import distributions, guard, imagination, replay, world_model
 from drama_jax.behaviour import actor_critic, normalisers
 from drama_jax.config import AgentConfig, Fidelity
 from drama_jax.precision import at_least_float32
@@ -46,6 +46,7 @@ class AgentState:
     behaviour: actor_critic.BehaviourState
     replay: Replay
     hyper: Hyper
+    guard: guard.Guard
     key: jax.Array  # [] PRNG key, split by every update
     config: AgentConfig = flax.struct.field(pytree_node=False)
     num_actions: int = flax.struct.field(pytree_node=False)
@@ -95,6 +96,7 @@ def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
             tau=jnp.asarray(config.replay.tau, jnp.float32),
             imagination_tau=jnp.asarray(config.replay.imagination_tau, jnp.float32),
         ),
+        guard=guard.init(config.world_model.batch_size),
         key=key,
         config=config,
         num_actions=num_actions,
@@ -125,7 +127,10 @@ def update(state: AgentState, transition: Transition) -> tuple[AgentState, Metri
 
 
 def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
-    """One world-model update on windows drawn from the replay (paper algorithm 1, lines on world-model learning)."""
+    """One world-model update on windows drawn from the replay (paper algorithm 1, lines on world-model learning).
+
+    An update whose loss or gradient is not finite is skipped and counted, see `drama_jax.guard`.
+    """
     config, wm = state.config, state.config.world_model
     key, sample_key, noise_key = jax.random.split(state.key, 3)
     starts, memory = replay.sample_training(
@@ -143,12 +148,22 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
         num_actions=state.num_actions,
         learning_rate=state.hyper.world_model_learning_rate,
     )
-    metrics = {f"world_model/{name}": value for name, value in metrics.items()}
-    return dataclasses.replace(state, world_model=model, replay=memory, key=key), metrics
+    taken = guard.finite(metrics["total_loss"], metrics["grad_norm"])
+    state = dataclasses.replace(
+        state,
+        world_model=guard.keep(taken, model, state.world_model),
+        guard=guard.count(state.guard, guard.WORLD_MODEL, taken, replay.slots(memory, starts)),
+        replay=memory,
+        key=key,
+    )
+    return state, {f"world_model/{name}": value for name, value in metrics.items()}
 
 
 def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
-    """One actor-critic update on rollouts imagined from the replay (paper algorithm 1, lines on behaviour learning)."""
+    """One actor-critic update on rollouts imagined from the replay (paper algorithm 1, lines on behaviour learning).
+
+    An update whose loss or gradient is not finite is skipped and counted, see `drama_jax.guard`.
+    """
     config, im = state.config, state.config.imagination
     key, sample_key, imagine_key = jax.random.split(state.key, 3)
     starts, memory = replay.sample_imagination(
@@ -172,7 +187,15 @@ def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
         learning_rate=state.hyper.behaviour_learning_rate,
         entropy_scale=state.hyper.entropy_scale,
     )
-    return dataclasses.replace(state, behaviour=behaviour, replay=memory, key=key), metrics
+    taken = guard.finite(metrics["actor_critic/total_loss"], metrics["actor_critic/grad_norm"])
+    state = dataclasses.replace(
+        state,
+        behaviour=guard.keep(taken, behaviour, state.behaviour),
+        guard=guard.count(state.guard, guard.BEHAVIOUR, taken),
+        replay=memory,
+        key=key,
+    )
+    return state, metrics
 
 
 def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:
@@ -369,8 +392,8 @@ def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int)
     return world_model.decode(wm, state.world_model, latents)
 
 
-def sampler_metrics(state: AgentState) -> Metrics:
-    """Replay size and quantiles of the DFS counters over the stored steps, by TensorBoard tag."""
+def state_metrics(state: AgentState) -> Metrics:
+    """Replay size, quantiles of the DFS counters over the stored steps, skipped updates; by TensorBoard tag."""
     memory = state.replay
     held = jnp.arange(memory.capacity) < memory.size
     metrics = {"replay/size": memory.size.astype(jnp.float32)}
@@ -379,4 +402,4 @@ def sampler_metrics(state: AgentState) -> Metrics:
         counts = jnp.where(held, counter.astype(jnp.float32), jnp.nan)
         quantiles = jnp.nanquantile(counts, jnp.asarray(list(levels.values())))
         metrics |= {f"dfs/{name}_{level}": quantile for level, quantile in zip(levels, quantiles, strict=True)}
-    return metrics
+    return metrics | guard.metrics(state.guard)

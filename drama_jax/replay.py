@@ -114,13 +114,13 @@ def num_starts(replay: Replay, length: int) -> jax.Array:
 @jax.named_scope("gather")
 def gather(replay: Replay, starts: jax.Array, length: int) -> Batch:
     """The windows of `length` steps that begin at ages `starts` ([M] int32, each below `num_starts`)."""
-    slots = _slots(replay, starts[:, None] + jnp.arange(length, dtype=jnp.int32))
+    where = slots(replay, starts[:, None] + jnp.arange(length, dtype=jnp.int32))
     return Batch(
-        frames=replay.frames[slots],
-        actions=replay.actions[slots],
-        rewards=replay.rewards[slots],
-        terminals=replay.terminals[slots],
-        firsts=replay.firsts[slots],
+        frames=replay.frames[where],
+        actions=replay.actions[where],
+        rewards=replay.rewards[where],
+        terminals=replay.terminals[where],
+        firsts=replay.firsts[where],
     )
 
 
@@ -199,8 +199,8 @@ def _draw(config: ReplayConfig, replay: Replay, key: jax.Array, logits: jax.Arra
     return dfs.sample_masked(key, logits, valid, num)
 
 
-def _slots(replay: Replay, ages: jax.Array) -> jax.Array:
-    """Slots of the entries of these ages."""
+def slots(replay: Replay, ages: jax.Array) -> jax.Array:
+    """Where in the ring the entries of these ages are, int32 of the same shape."""
     return (replay.position - replay.size + ages) % replay.capacity
 
 

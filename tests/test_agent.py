@@ -114,6 +114,46 @@ def test_update_traces_once_and_moves_everything(filled, update, config):
     assert {"world_model/total_loss", "world_model/grad_norm", "actor_critic/entropy"} <= set(metrics)
 
 
+def test_an_update_that_is_not_finite_is_skipped_and_counted(filled, update):
+    before = copied(filled(CONFIG))
+    state = copied(before)
+    state = state.replace(replay=state.replay.replace(rewards=jnp.full_like(state.replay.rewards, jnp.nan)))
+    steps = transitions(3, seed=9)
+    for i in range(2):
+        state, metrics = update(state, at(steps, i))
+    assert np.isnan(metrics["world_model/total_loss"])
+    for part in ("params", "batch_stats", "opt_state"):
+        chex.assert_trees_all_equal(getattr(state.world_model, part), getattr(before.world_model, part))
+    # The behaviour is trained in imagination, where no reward of the replay is seen.
+    np.testing.assert_array_equal(state.guard.skipped, [2, 0])
+    np.testing.assert_array_equal(state.guard.in_a_row, [2, 0])
+    starts = np.asarray(state.guard.slots)
+    assert len(set(starts)) == CONFIG.world_model.batch_size
+    assert (starts >= 0).all()
+    chex.assert_tree_all_finite((state.world_model, state.behaviour))
+
+    state = state.replace(replay=state.replay.replace(rewards=jnp.zeros_like(state.replay.rewards)))
+    state, metrics = update(state, at(steps, 2))
+    assert np.isfinite(metrics["world_model/total_loss"])
+    np.testing.assert_array_equal(state.guard.skipped, [2, 0])
+    np.testing.assert_array_equal(state.guard.in_a_row, [0, 0])
+    assert agent.state_metrics(state)["guard/skipped_world_model_updates"] == 2
+    moved = zip(jax.tree.leaves(state.world_model.params), jax.tree.leaves(before.world_model.params), strict=True)
+    assert any(not np.array_equal(new, old) for new, old in moved)
+
+
+def test_a_behaviour_update_that_is_not_finite_is_skipped(filled, update):
+    before = copied(filled(CONFIG))
+    state = copied(before)
+    scale = state.behaviour.return_scale
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), scale)
+    state = state.replace(behaviour=state.behaviour.replace(return_scale=broken))
+    state, _ = update(state, at(transitions(1, seed=9), 0))
+    np.testing.assert_array_equal(state.guard.skipped, [0, 1])
+    chex.assert_trees_all_equal(state.behaviour.params, before.behaviour.params)
+    chex.assert_trees_all_equal(state.behaviour.slow_critic, before.behaviour.slow_critic)
+
+
 def test_vmap_over_states_equals_each_alone(filled, update):
     """Two updates of two stacked agents, with learning rates and temperature that differ."""
     alone = [copied(filled(CONFIG, seed)) for seed in (0, 1)]
@@ -228,11 +268,11 @@ def test_video_and_reconstruction_shapes(filled):
         assert float(out.max()) <= 1
 
 
-def test_sampler_metrics_are_quantiles_over_stored_steps(filled):
+def test_state_metrics_are_quantiles_over_stored_steps(filled):
     state = filled()
     trained = jnp.zeros(32, jnp.int32).at[:16].set(jnp.arange(16)).at[16:].set(99)
     state = state.replace(replay=state.replay.replace(counters=state.replay.counters.replace(trained=trained)))
-    metrics = agent.sampler_metrics(state)
+    metrics = agent.state_metrics(state)
     assert metrics["replay/size"] == 16
     np.testing.assert_allclose(metrics["dfs/trained_q50"], 7.5)
     np.testing.assert_allclose(metrics["dfs/trained_max"], 15)

@@ -242,7 +242,7 @@ class _Loop:
         """Writes metrics, images and checkpoints where they are due: at intervals and at the end."""
         logging, end = self.config.logging, steps_done == self.config.steps
         if end or steps_done % logging.metrics_every == 0:
-            values = self.now.metrics.fetch() | jax.device_get(_sampler_metrics(self.state))
+            values = self.now.metrics.fetch() | jax.device_get(_state_metrics(self.state))
             now = time.perf_counter()
             then, step_then = self.interval_start
             self.interval_start = now, steps_done
@@ -281,5 +281,5 @@ class _Loop:
 
 
 @jax.jit
-def _sampler_metrics(state: Any) -> dict[str, jax.Array]:
-    return agent.sampler_metrics(state)
+def _state_metrics(state: Any) -> dict[str, jax.Array]:
+    return agent.state_metrics(state)
