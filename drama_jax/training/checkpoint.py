@@ -12,21 +12,16 @@ nothing in it is pickled, and no file is read before its SHA-256 has been compar
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import errno
 import json
-import logging
-import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
 from drama_jax.config import ConfigError
-from drama_jax.training import arrays, files, manifest, replay_log
+from drama_jax.training import arrays, files, manifest, orbax_arrays, replay_log
 from drama_jax.training.manifest import Invalid
 from drama_jax.training.replay_log import ReplayLog, Row, Segment
 
@@ -123,7 +118,7 @@ def _write(run: pathlib.Path, identity: str, log: ReplayLog, snapshot: Snapshot)
     partial.mkdir(parents=True)
     try:
         segments = log.flush(snapshot.end)
-        _write_arrays(partial / _AGENT, snapshot.device)
+        orbax_arrays.write(partial / _AGENT, snapshot.device)
         header = np.frombuffer(json.dumps(snapshot.header).encode(), np.uint8)
         files.write(partial / _LOOP, files.pack({"header": header, **snapshot.host}))
         described = {segment.name: files.describe(run / segment.name, sync=True) for segment in segments}
@@ -193,7 +188,7 @@ def restore(directory: pathlib.Path, state: State, step: int | None = None) -> S
       ConfigError: if there is no such checkpoint, or it is damaged or of another configuration.
     """
     template = dataclasses.replace(state, replay=None)  # type: ignore[type-var]
-    saved = _read_arrays(_find(directory, step) / _AGENT)
+    saved = orbax_arrays.read(_find(directory, step) / _AGENT)
     restored = arrays.from_host(template, saved, "agent/")
     return dataclasses.replace(restored, replay=state.replay)  # type: ignore[attr-defined, no-any-return]
 
@@ -211,7 +206,7 @@ def load_weights(path: pathlib.Path | str, step: int | None = None) -> dict[str,
     Raises:
       ConfigError: if there is no such checkpoint, or it is damaged.
     """
-    saved = _read_arrays(_find(pathlib.Path(path), step) / _AGENT)
+    saved = orbax_arrays.read(_find(pathlib.Path(path), step) / _AGENT)
     agent = {name.removeprefix("agent/"): array for name, array in saved.items()}
     return arrays.nest({name: array for name, array in agent.items() if name.startswith(_WEIGHTS)})
 
@@ -255,42 +250,9 @@ def _read(directory: pathlib.Path, found: manifest.Manifest) -> Snapshot:
     try:
         host = files.unpack(directory / _LOOP)
         header = json.loads(host.pop("header").tobytes())
-        return Snapshot(found.step, found.end, _read_arrays(directory / _AGENT), header, host)
+        return Snapshot(found.step, found.end, orbax_arrays.read(directory / _AGENT), header, host)
     except (OSError, ValueError, KeyError) as error:
         raise Invalid(f"cannot be read ({_reason(error)})") from error
-
-
-def _write_arrays(path: pathlib.Path, flat: Mapping[str, np.ndarray]) -> None:
-    import orbax.checkpoint as ocp
-
-    _check_space(path.parent, sum(array.nbytes for array in flat.values()))
-    with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.StandardSave(arrays.nest(flat)))
-
-
-def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return arrays.flatten(checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore()))
-
-
-def _check_space(folder: pathlib.Path, needed: int) -> None:
-    """A full disk in the middle of a write makes tensorstore print more than a line."""
-    if shutil.disk_usage(folder).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracebacks that orbax logs before it raises."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:

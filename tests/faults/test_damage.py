@@ -29,7 +29,7 @@ from micro import (
 )
 
 from drama_jax.config import ConfigError
-from drama_jax.training import checkpoint, resume
+from drama_jax.training import checkpoint, orbax_arrays, resume
 from drama_jax.training.checkpoint import Checkpoints
 from drama_jax.training.signals import stop_requested
 
@@ -226,7 +226,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(whole, tmp_path, monkeyp
 # Threads of tensorstore complain after the error that counts.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_fills_up_while_orbax_writes_leaves_the_previous_checkpoint(logdir, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_check_space", lambda *_: None)
+    monkeypatch.setattr(orbax_arrays, "_check_space", lambda *_: None)
     messages: list[str] = []
     with small_disk(tmp_path / "disk", 8) as disk:
         run = disk / "run"
