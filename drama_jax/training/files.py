@@ -45,9 +45,10 @@ def rename(source: pathlib.Path, target: pathlib.Path) -> None:
 def remove_directory(path: pathlib.Path) -> None:
     """Removes a directory in such a way that what is left after an interruption is marked as partial."""
     if path.suffix != PARTIAL:
-        partial = path.with_name(path.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        path = path.rename(partial)
+        # Not `<name>.partial`: that may be what is to take its place.
+        old = path.with_name(f"{path.name}.old{PARTIAL}")
+        shutil.rmtree(old, ignore_errors=True)
+        path = path.rename(old)
     shutil.rmtree(path, ignore_errors=True)
 
 

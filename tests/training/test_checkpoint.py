@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, checkpoint, files, manifest
@@ -115,6 +117,15 @@ def test_segments_that_no_checkpoint_needs_are_removed(saved):
     assert sorted(path.name for path in (saved / "replay").iterdir()) == ["19-29.npz", "29-39.npz", "9-19.npz"]
 
 
+def test_a_step_saved_again_takes_the_place_of_the_first(saved):
+    _, segments = checkpoint.load(saved, "a run")
+    checkpoints = Checkpoints(saved, "a run", 15, segments)
+    checkpoints.save(dataclasses.replace(snapshot(30), header={"number": 1}))
+    checkpoints.close()
+    assert checkpoints.error is None and checkpoint.load(saved, "a run")[0].header == {"number": 1}
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["20", "30"]
+
+
 @pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/30"])
 def test_weights_load_without_a_template(saved, part):
     weights = checkpoint.load_weights(saved / part)
@@ -201,3 +212,23 @@ def test_nothing_is_pickled_and_nothing_unpickled(saved, monkeypatch):
     assert found.step == 20 and "Object arrays cannot be loaded" in messages[0]
     with pytest.raises(ValueError, match="not an .npz file|pickled"):
         files.unpack(pickle.dumps(Bomb()))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_bit_of_a_checkpoint_can_flip_unnoticed(saved, data):
+    directory = saved / "checkpoints" / "30"
+    paths = sorted(path for path in [*directory.rglob("*"), *(saved / "replay").glob("[19]*")] if path.is_file())
+    path = data.draw(st.sampled_from(paths))
+    before = path.read_bytes()
+    content = bytearray(before)
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        assert manifest.verify(directory, saved, "a run") == manifest.read(directory)
+        # Only white space of the manifest may change.
+        assert path.name == "manifest.json" and json.loads(bytes(content)) == json.loads(before)
+    except manifest.Invalid as error:
+        assert path.name in str(error)
+    finally:
+        path.write_bytes(before)
