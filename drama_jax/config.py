@@ -9,11 +9,14 @@ Every dataclass here is static: it is passed to pure functions as a Python value
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
 Sampler = Literal["dfs", "uniform"]
+_LARGEST = 2**31 - 1  # steps, slots and seeds are int32
+_MOST_LAYERS = 100  # each is compiled on its own
 
 
 class ConfigError(ValueError):
@@ -25,10 +28,48 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_types(config: Any) -> None:
+    """Every field is of the type it is declared with, and every number finite; the first check of a `__post_init__`."""
+    for name, wanted in typing.get_type_hints(type(config)).items():
+        problem = _type_problem(wanted, getattr(config, name))
+        if problem:
+            given = " ".join(repr(getattr(config, name)).split())
+            raise ConfigError(f"{type(config).__name__}.{name} must be {problem}, got {given[:100]}")
+
+
+def _type_problem(wanted: Any, value: object) -> str | None:
+    """What a value should have been, as the rest of a sentence; None if it is that."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is Literal:
+        # In this order: what is no string may not be hashable or comparable.
+        return None if isinstance(value, str) and value in arguments else f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple:
+        numbers = "integers" if arguments[0] is int else "finite numbers"
+        if not isinstance(value, tuple) or any(_type_problem(arguments[0], entry) for entry in value):
+            return f"a tuple of {numbers}"
+        return None if arguments[1] is ... or len(value) == len(arguments) else f"a tuple of {len(arguments)} {numbers}"
+    if wanted is bool:
+        return None if isinstance(value, bool) else "True or False"
+    if wanted is int:
+        fine = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        return None if fine else f"an integer of at most {_LARGEST}"
+    if wanted is float:
+        # Finite in float32 as well; false for NaN.
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 3e38
+        return None if fine else "a finite number"
+    return None if isinstance(value, wanted) else f"of type {wanted.__name__}"
+
+
 def _positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{type(config).__name__}.{name} must be positive, got {value}")
+
+
+def _at_most(config: object, most: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value <= most, f"{type(config).__name__}.{name} must be at most {most}, got {value}")
 
 
 def _fraction(config: object, *names: str) -> None:
@@ -57,6 +98,9 @@ class Fidelity:
     first_action_from_policy: bool = True
     """The policy chooses an episode's first action too; in the released code it is uniformly random."""
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -72,8 +116,11 @@ class OptimizerConfig:
     max_grad_norm: float = 1000.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "learning_rate", "eps", "max_grad_norm")
-        _fraction(self, "b1", "b2", "weight_decay")
+        _fraction(self, "weight_decay")
+        _require(0 <= self.b1 < 1, f"OptimizerConfig.b1 must lie in [0, 1), got {self.b1}")
+        _require(0 < self.b2 < 1, f"OptimizerConfig.b2 must lie in (0, 1), got {self.b2}")
         _require(self.warmup_updates >= 0, f"OptimizerConfig.warmup_updates must be >= 0, got {self.warmup_updates}")
 
 
@@ -92,6 +139,7 @@ class AutoencoderConfig:
     """Share of the uniform distribution mixed into every categorical."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "image_size", "image_channels", "categoricals", "classes")
         _fraction(self, "unimix")
         _require(len(self.depths) >= 2, f"AutoencoderConfig.depths needs at least two entries, got {self.depths}")
@@ -138,8 +186,9 @@ class BackboneConfig:
     """Q, the chunk length of the SSD scan."""
 
     def __post_init__(self) -> None:
-        _require(self.name == "mamba2", f"BackboneConfig.name must be 'mamba2', got {self.name!r}")
+        _check_types(self)
         _positive(self, "width", "num_layers", "expand", "head_dim", "state_dim", "conv_width", "chunk_size")
+        _at_most(self, _MOST_LAYERS, "num_layers")
         _require(
             self.inner_width % self.head_dim == 0,
             f"BackboneConfig.head_dim must divide expand * width = {self.inner_width}, got {self.head_dim}",
@@ -178,10 +227,12 @@ class WorldModelConfig:
     """Precision of convolutions and matrix products; `auto` is bfloat16 on a GPU, float32 on a CPU."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "head_units", "batch_size", "dynamics_scale")
         _require(self.num_bins >= 3, f"WorldModelConfig.num_bins must be at least 3, got {self.num_bins}")
         _require(self.batch_length >= 2, f"WorldModelConfig.batch_length must be at least 2, got {self.batch_length}")
-        _require(self.free_bits >= 0, f"WorldModelConfig.free_bits must be >= 0, got {self.free_bits}")
+        for name in ("free_bits", "representation_scale"):
+            _require(getattr(self, name) >= 0, f"WorldModelConfig.{name} must be >= 0, got {getattr(self, name)}")
 
     @property
     def feature_size(self) -> int:
@@ -202,6 +253,7 @@ class ImaginationConfig:
     """Imagined steps per iteration of the compiled loop; unrolled is faster on a GPU and slower to compile."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "batch_size", "context_length", "horizon", "unroll")
 
 
@@ -224,7 +276,9 @@ class BehaviourConfig:
     compute_dtype: ComputeDtype = "auto"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "actor_layers", "actor_units", "critic_layers", "critic_units")
+        _at_most(self, _MOST_LAYERS, "actor_layers", "critic_layers")
         _fraction(self, "discount", "lambda_", "slow_critic_decay", "return_scale_decay")
         _require(self.num_bins >= 3, f"BehaviourConfig.num_bins must be at least 3, got {self.num_bins}")
         _require(self.entropy_scale >= 0, f"BehaviourConfig.entropy_scale must be >= 0, got {self.entropy_scale}")
@@ -249,10 +303,10 @@ class ReplayConfig:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "capacity", "tau", "imagination_tau")
-        _require(
-            self.sampler in ("dfs", "uniform"), f"ReplayConfig.sampler must be 'dfs' or 'uniform', got {self.sampler!r}"
-        )
+        for name in ("alpha", "beta"):
+            _require(getattr(self, name) >= 0, f"ReplayConfig.{name} must be >= 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -270,7 +324,9 @@ class AgentConfig:
     """Uniformly random steps before the first update."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "acting_context")
+        _require(self.warmup_steps >= 0, f"AgentConfig.warmup_steps must be >= 0, got {self.warmup_steps}")
         # The first update runs once warmup_steps + 1 transitions are stored.
         stored = self.warmup_steps + 1
         wm, im = self.world_model, self.imagination
@@ -306,7 +362,7 @@ class AtariConfig:
     frame_skip: int = 4
     """Emulator frames per agent step."""
     sticky_actions: float = 0.0
-    """Probability of repeating the previous action."""
+    """Probability of repeating the previous action, per emulator frame."""
     noop_max: int = 0
     """Most random no-op frames at a reset; EnvPool always plays at least one."""
     full_action_space: bool = False
@@ -316,7 +372,7 @@ class AtariConfig:
     """A lost life is stored as a terminal; the episode goes on."""
 
     def __post_init__(self) -> None:
-        _require(self.backend in ("envpool", "ale"), f"backend must be 'envpool' or 'ale', got {self.backend!r}")
+        _check_types(self)
         _positive(self, "frame_skip", "max_episode_steps")
         _fraction(self, "sticky_actions")
         _require(self.noop_max >= 0, f"AtariConfig.noop_max must be >= 0, got {self.noop_max}")
@@ -333,8 +389,10 @@ class EvaluationConfig:
     max_episode_steps: int = 27_000
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.episodes >= 0, f"EvaluationConfig.episodes must be >= 0, got {self.episodes}")
         _positive(self, "num_envs", "max_episode_steps")
+        _at_most(self, 4096, "num_envs")
 
 
 @dataclass(frozen=True)
@@ -348,6 +406,7 @@ class LoggingConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _positive(self, "metrics_every", "images_every", "checkpoint_every")
 
 
@@ -364,8 +423,15 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.steps >= 0, f"steps must be >= 0, got {self.steps}")
-        _require(0 <= self.seed < 2**31, f"seed must lie in [0, 2^31), got {self.seed}")
+        # Environments add small numbers to it, for int32 seeds of their own.
+        _require(0 <= self.seed <= 2_000_000_000, f"seed must lie in [0, 2000000000], got {self.seed}")
+        _require(
+            self.agent.world_model.autoencoder.image_channels == 3,
+            f"agent.world_model.autoencoder.image_channels must be 3 for Atari, got "
+            f"{self.agent.world_model.autoencoder.image_channels}",
+        )
 
 
 def _tiny() -> RunConfig:

@@ -140,7 +140,7 @@ def _parse(arguments: Sequence[str], program: str, base: RunConfig) -> AllOption
         if not stop.code:
             sys.stderr.write(messages.getvalue())
             raise
-    raise ConfigError(with_flags(_one_line(messages.getvalue())))
+    raise ConfigError(with_flags(_plain(_one_line(messages.getvalue()), arguments)))
 
 
 def _resolve(options: AllOptions, base: RunConfig) -> RunConfig:
@@ -162,11 +162,37 @@ def _one_line(box: str) -> str:
     error, *rest = (section.strip() for section in text.split("\0") if section.strip())
     error = " ".join(error.split())
     meant = re.findall(r"^--[\w.-]+", "\n".join(rest), re.MULTILINE) if "Perhaps" in box else []
-    return f"{error}; perhaps {' or '.join(meant)}" if meant else f"{error}; see --help"
+    return f"{error}; perhaps {' or '.join(meant[:4])}" if meant else f"{error}; see --help"
+
+
+# How tyro says that a value does not fit, and how this program does.
+_WORDS = (
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 must be an integer, got \2"),
+    (r"Error parsing (\S+): Exceeds the limit .*", r"\1 must be an integer of fewer digits"),
+    (r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 must be a number, got \2"),
+    (r"Error parsing (\S+): Could not find valid parse for arguments: (.*)", r"\1 must be numbers, got \2"),
+    (r"Missing value for argument '(\S+)'. Expected 1 values.(.*)", r"\1 needs a value\2"),
+    (r"Missing value for argument '(\S+)'. Expected (\d+) values.(.*)", r"\1 needs \2 values\3"),
+    (r"invalid choice (.*) for argument '(\S+)'. Expected one of \((.*?),?\)\.(.*)", r"\2 must be one of \3, got \1\4"),
+)
+
+
+def _plain(error: str, arguments: Sequence[str]) -> str:
+    """An error of tyro's with the flag in front, what was given and what is accepted."""
+    for theirs, ours in _WORDS:
+        error = re.sub(rf"^{theirs}$", ours, error)
+    unknown = re.match(r"Unrecognized options: (.*?)(, .*)?; ", error)
+    if unknown and unknown[1] and not unknown[1].startswith("-"):
+        place = next((i for i, given in enumerate(arguments) if f"={given}".endswith(f"={unknown[1]}")), 0)
+        flag = next((given for given in reversed(arguments[: place + 1]) if given.startswith("--")), None)
+        if flag:
+            error = f"{flag.partition('=')[0]}: {unknown[1]!r} is one value too many; see --help-all"
+    return error
 
 
 def with_flags(message: str) -> str:
     """Names the flag where a message names a field of the configuration."""
+    message = message.replace("RunConfig.", "")
     if message.startswith("Missing from") and "--game" in message:
         return "--game is missing; name an Atari game, for example --game Breakout"
     message = message.replace("ReplayConfig.", "agent.replay.").replace(
