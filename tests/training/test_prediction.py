@@ -71,7 +71,7 @@ measure = jax.jit(prediction.one_step_errors, static_argnames="context")
 def test_the_next_frame_is_predicted_better_than_copied(trained):
     errors = measure(*trained, context=CONTEXT)
     assert errors.pairs > 400
-    assert errors.model < 0.9 * errors.copy
+    assert errors.model < 0.85 * errors.copy
     # What the autoencoder loses is lost to every latent.
     assert errors.reconstruction < errors.model
 
@@ -81,7 +81,7 @@ def test_the_prediction_comes_from_the_past_in_its_order(trained):
     order = jnp.asarray(np.random.default_rng(SEED).permutation(WINDOW))
     shuffled = measure(*trained, context=CONTEXT, order=order)
     assert shuffled.model > 1.5 * ordered.model
-    assert shuffled.model > 1.2 * shuffled.copy
+    assert shuffled.model > 1.3 * shuffled.copy
     # The order reaches the sequence model only.
     np.testing.assert_allclose(shuffled.copy, ordered.copy, rtol=1e-6)
     np.testing.assert_allclose(shuffled.reconstruction, ordered.reconstruction, rtol=1e-6)
