@@ -17,6 +17,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from drama_jax import checks
+
+_SMALLEST = 1e-30
+"""Temperatures and ratios must be positive."""
+
 
 @flax.struct.dataclass
 class Counters:
@@ -28,6 +33,7 @@ class Counters:
 
 def init(capacity: int) -> Counters:
     """Counters at zero for `capacity` entries."""
+    checks.integers("dfs.init", capacity=capacity)
     return Counters(trained=jnp.zeros(capacity, jnp.int32), imagined=jnp.zeros(capacity, jnp.int32))
 
 
@@ -41,6 +47,8 @@ def training_logits(trained: jax.Array, tau: float | jax.Array) -> jax.Array:
     Returns:
       [..., N] logits in tau's dtype (the default float for a Python number).
     """
+    checks.arrays("dfs.training_logits", trained=(trained, (..., "N"), "integer"))
+    checks.numbers("dfs.training_logits", _SMALLEST, tau=tau)
     return -trained.astype(_float_dtype(tau)) / tau
 
 
@@ -68,6 +76,10 @@ def imagination_logits(
     Returns:
       [..., N] logits in tau's dtype (the default float for a Python number).
     """
+    function = "dfs.imagination_logits"
+    checks.arrays(function, trained=(trained, (..., "N"), "integer"), imagined=(imagined, (..., "N"), "integer"))
+    checks.numbers(function, _SMALLEST, tau=tau, ratio=ratio)
+    checks.numbers(function, 0, alpha=alpha, beta=beta)
     dtype = _float_dtype(tau)
     count = trained.astype(dtype)
     scaled = imagined.astype(dtype) / ratio
@@ -87,11 +99,15 @@ def sample(key: jax.Array, logits: jax.Array, size: int | jax.Array, num: int) -
     Returns:
       [num] int32 indices below `size`, in the order drawn.
     """
+    checks.arrays("dfs.sample", logits=(logits, ("N",), "float"))
     return sample_masked(key, logits, jnp.arange(logits.shape[0]) < size, num)
 
 
 def sample_masked(key: jax.Array, logits: jax.Array, valid: jax.Array, num: int) -> jax.Array:
     """As `sample`, among the entries where `valid` ([N] bool) holds; at least `num` of them must."""
+    checks.key("dfs.sample", key)
+    checks.arrays("dfs.sample", logits=(logits, ("N",), "float"), valid=(valid, ("N",), "bool"))
+    checks.integers("dfs.sample", 1, logits.shape[0], num=num)
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     # XLA's GPU kernel for up to 16 values occupies one block; above, it sorts, 3.4x faster (H100, N = 100,000).
     _, indices = jax.lax.top_k(jnp.where(valid, logits + noise, -jnp.inf), max(num, min(17, logits.shape[0])))
@@ -100,6 +116,7 @@ def sample_masked(key: jax.Array, logits: jax.Array, valid: jax.Array, num: int)
 
 def increment(counter: jax.Array, indices: jax.Array) -> jax.Array:
     """Adds one to `counter` ([N] int32) at `indices` ([M] int32)."""
+    checks.arrays("dfs.increment", counter=(counter, ("N",), "integer"), indices=(indices, ("M",), "integer"))
     return counter.at[indices].add(1)
 
 

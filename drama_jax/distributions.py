@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from drama_jax import checks
 from drama_jax.precision import widen
 
 _BIN_LIMIT = 20.0
@@ -35,6 +36,7 @@ def two_hot_bins(num_bins: int, dtype: DTypeLike) -> jax.Array:
     The values are rounded to float32 whatever `dtype` is, each half counted from its own end. For an odd `num_bins`
     the centre is therefore not quite 0 (7.45e-8 for 255 bins), as in the released weights' bins.
     """
+    checks.integers("two_hot_bins", 2, num_bins=num_bins)
     step = np.float64(np.float32(2 * _BIN_LIMIT / (num_bins - 1)))
     index = np.arange(num_bins, dtype=np.float64)
     from_start = -_BIN_LIMIT + step * index
@@ -53,6 +55,7 @@ def two_hot(x: jax.Array, num_bins: int) -> jax.Array:
     Returns:
       Weights [..., num_bins], at most two non-zero, summing to 1.
     """
+    checks.arrays("two_hot", x=(x, (...,), "float"))
     value = jnp.clip(symlog(widen(x)), -_BIN_LIMIT, _BIN_LIMIT)
     bins = two_hot_bins(num_bins, value.dtype)
     # bins[upper - 1] < value <= bins[upper]; a comparison with all bins fuses, a binary search would not.
@@ -66,6 +69,7 @@ def two_hot(x: jax.Array, num_bins: int) -> jax.Array:
 
 def two_hot_decode(logits: jax.Array) -> jax.Array:
     """Expected value under two-hot logits: symexp(softmax(logits) . bins), [..., num_bins] -> [...]."""
+    checks.arrays("two_hot_decode", logits=(logits, (..., "bins"), "float"))
     probs = jax.nn.softmax(widen(logits), axis=-1)
     return symexp(jnp.sum(probs * two_hot_bins(logits.shape[-1], probs.dtype), axis=-1))
 
@@ -80,6 +84,7 @@ def two_hot_loss(logits: jax.Array, x: jax.Array) -> jax.Array:
     Returns:
       Loss per element [...].
     """
+    checks.arrays("two_hot_loss", logits=(logits, (..., "bins"), "float"), x=(x, (...,), "float"))
     log_probs = jax.nn.log_softmax(widen(logits), axis=-1)
     target = jnp.asarray(two_hot(x, logits.shape[-1]), log_probs.dtype)
     return -jnp.sum(target * log_probs, axis=-1)
@@ -98,6 +103,8 @@ def unimix(logits: jax.Array, ratio: float) -> jax.Array:
     Returns:
       Log-probabilities of the mixture [..., K, C].
     """
+    checks.arrays("unimix", logits=(logits, (..., "K", "C"), "float"))
+    checks.numbers("unimix", 0, 1, ratio=ratio)
     probs = jax.nn.softmax(widen(logits), axis=-1)
     return jnp.log(ratio / logits.shape[-2] + (1 - ratio) * probs)
 
@@ -115,6 +122,8 @@ def straight_through(log_probs: jax.Array, gumbel: jax.Array) -> jax.Array:
     Returns:
       one_hot(argmax(log_probs + gumbel)) [..., K, C], with the gradient of softmax(log_probs).
     """
+    shape = (..., "K", "C")
+    checks.arrays("straight_through", log_probs=(log_probs, shape, "float"), gumbel=(gumbel, shape, "float"))
     log_probs = widen(log_probs)
     choice = jnp.argmax(log_probs + jnp.asarray(gumbel, log_probs.dtype), axis=-1)
     sample = jax.nn.one_hot(choice, log_probs.shape[-1], dtype=log_probs.dtype)
@@ -124,6 +133,8 @@ def straight_through(log_probs: jax.Array, gumbel: jax.Array) -> jax.Array:
 
 def sample_one_hot(key: jax.Array, log_probs: jax.Array) -> jax.Array:
     """Samples one-hot vectors [..., C] from log-probabilities [..., C], without a gradient. The key is consumed."""
+    checks.key("sample_one_hot", key)
+    checks.arrays("sample_one_hot", log_probs=(log_probs, (..., "C"), "float"))
     log_probs = jax.lax.stop_gradient(widen(log_probs))
     choice = jax.random.categorical(key, log_probs, axis=-1)
     return jax.nn.one_hot(choice, log_probs.shape[-1], dtype=log_probs.dtype)
@@ -139,6 +150,8 @@ def categorical_kl(p_log: jax.Array, q_log: jax.Array) -> jax.Array:
     Returns:
       The divergence [...].
     """
+    shape = (..., "K", "C")
+    checks.arrays("categorical_kl", p_log=(p_log, shape, "float"), q_log=(q_log, shape, "float"))
     p_log = jax.nn.log_softmax(widen(p_log), axis=-1)
     q_log = jax.nn.log_softmax(widen(q_log), axis=-1)
     return jnp.sum(jnp.exp(p_log) * (p_log - q_log), axis=(-2, -1))
@@ -159,17 +172,21 @@ def free_bits_kl(
       (max(free_bits, mean KL) [], mean KL []).
     """
     kl = categorical_kl(p_log, q_log)
+    checks.arrays("free_bits_kl", weight=(weight, kl.shape, "float or None"))
+    checks.numbers("free_bits_kl", 0, free_bits=free_bits)
     mean = kl.mean() if weight is None else (weight * kl).sum() / jnp.maximum(weight.sum(), 1)
     return jnp.maximum(jnp.asarray(free_bits, mean.dtype), mean), mean
 
 
 def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of Bernoulli logits [...] with labels [...] (bool or 0..1), per element [...], in nats."""
+    checks.arrays("binary_cross_entropy", logits=(logits, (...,), "float"), labels=(labels, (...,), "any"))
     logits = widen(logits)
     return jax.nn.softplus(logits) - logits * jnp.asarray(labels, logits.dtype)
 
 
 def categorical_entropy(logits: jax.Array) -> jax.Array:
     """Entropy of softmax(logits), [..., A] -> [...], in nats."""
+    checks.arrays("categorical_entropy", logits=(logits, (..., "A"), "float"))
     log_probs = jax.nn.log_softmax(widen(logits), axis=-1)
     return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

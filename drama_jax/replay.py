@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import dfs
+from drama_jax import checks, dfs
 from drama_jax.config import ReplayConfig
 
 
@@ -65,6 +65,10 @@ def init(config: ReplayConfig, image_shape: tuple[int, int, int]) -> Replay:
 
     It takes `config.capacity * height * width * channels` bytes of device memory, and 18 more per entry.
     """
+    checks.instances("replay.init", config=(config, ReplayConfig), image_shape=(image_shape, tuple))
+    if len(image_shape) != 3:
+        raise ValueError(f"replay.init: image_shape must be (height, width, channels), got {image_shape}")
+    checks.integers("replay.init", **dict(zip(("height", "width", "channels"), image_shape)))
     n = config.capacity
     return Replay(
         frames=jnp.zeros((n, *image_shape), jnp.uint8),
@@ -83,6 +87,15 @@ def add(replay: Replay, transition: Transition) -> Replay:
 
     Donate `replay` to the jitted caller: every array is then updated in place.
     """
+    checks.instances("replay.add", replay=(replay, Replay), transition=(transition, Transition))
+    checks.arrays(
+        "replay.add",
+        frame=(transition.frame, replay.frames.shape[1:], "uint8"),
+        action=(transition.action, (), "int32"),
+        reward=(transition.reward, (), "float32"),
+        terminal=(transition.terminal, (), "bool"),
+        first=(transition.first, (), "bool"),
+    )
     position = replay.position
 
     def write(array: jax.Array, value: jax.Array) -> jax.Array:
@@ -108,12 +121,17 @@ def add(replay: Replay, transition: Transition) -> Replay:
 
 def num_starts(replay: Replay, length: int) -> jax.Array:
     """Number of windows of `length` steps the replay holds, int32 []."""
+    checks.instances("replay.num_starts", replay=(replay, Replay))
+    checks.integers("replay.num_starts", length=length)
     return jnp.maximum(replay.size + 1 - length, 0)
 
 
 @jax.named_scope("gather")
 def gather(replay: Replay, starts: jax.Array, length: int) -> Batch:
     """The windows of `length` steps that begin at ages `starts` ([M] int32, each below `num_starts`)."""
+    checks.instances("replay.gather", replay=(replay, Replay))
+    checks.arrays("replay.gather", starts=(starts, ("M",), "integer"))
+    checks.integers("replay.gather", 1, replay.capacity, length=length)
     where = slots(replay, starts[:, None] + jnp.arange(length, dtype=jnp.int32))
     return Batch(
         frames=replay.frames[where],
@@ -146,6 +164,7 @@ def sample_training(
     Returns:
       ([num] int32 ages of the starts, replay with `counters.trained` moved).
     """
+    _check_draw("replay.sample_training", config, replay, key, num, length)
     counters = replay.counters
     logits = dfs.training_logits(counters.trained, config.tau if tau is None else tau)
     slots = _draw(config, replay, key, logits, num, length)
@@ -177,6 +196,7 @@ def sample_imagination(
     Returns:
       ([num] int32 ages of the starts, replay with `counters.imagined` moved).
     """
+    _check_draw("replay.sample_imagination", config, replay, key, num, length)
     counters = replay.counters
     logits = dfs.imagination_logits(
         counters.trained,
@@ -189,6 +209,13 @@ def sample_imagination(
     slots = _draw(config, replay, key, logits, num, length)
     counters = dataclasses.replace(counters, imagined=dfs.increment(counters.imagined, slots))
     return _ages(replay, slots), dataclasses.replace(replay, counters=counters)
+
+
+def _check_draw(function: str, config: ReplayConfig, replay: Replay, key: jax.Array, num: int, length: int) -> None:
+    checks.instances(function, config=(config, ReplayConfig), replay=(replay, Replay))
+    checks.key(function, key)
+    checks.integers(function, 1, replay.capacity, length=length)
+    checks.integers(function, 1, replay.capacity + 1 - length, num=num)
 
 
 def _draw(config: ReplayConfig, replay: Replay, key: jax.Array, logits: jax.Array, num: int, length: int) -> jax.Array:
