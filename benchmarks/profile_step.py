@@ -43,12 +43,21 @@ PARTS = {
 def operation_names(compiled: Any) -> dict[str, str]:
     """Kernel name -> jax operation name, from the compiled program's metadata."""
     pattern = re.compile(r'%?([\w.\-]+) = .*?metadata=\{[^}]*op_name="([^"]*)"')
-    return {name.replace(".", "_").replace("-", "_"): op for name, op in pattern.findall(compiled.as_text())}
+    names: dict[str, str] = {}
+    seen: collections.Counter[str] = collections.Counter()
+    for name, operation in pattern.findall(compiled.as_text()):
+        names[name.replace(".", "_").replace("-", "_")] = operation
+        if ours := re.search(r"/([^/]+)/pallas_call$", operation):
+            # Kernels of one name are told apart by a suffix in the order of the program.
+            suffix = f"__{seen[ours[1]]}" if seen[ours[1]] else ""
+            names[ours[1] + suffix] = operation
+            seen[ours[1]] += 1
+    return names
 
 
 def operation_of(kernel: str, stats: dict[str, str], operations: dict[str, str]) -> str:
     """The jax operation behind a kernel: kernels carry the compiler's name, library calls carry it in their stats."""
-    candidates = (kernel, stats.get("hlo_op", ""), re.sub(r"__\d+$", "", kernel))
+    candidates = (kernel, stats.get("hlo_op", ""))
     found = (operations[name.replace(".", "_")] for name in candidates if name.replace(".", "_") in operations)
     return next(found, stats.get("name", ""))
 

@@ -5,6 +5,7 @@ Shapes: B batch, T time, W filter width, V channels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -63,9 +64,35 @@ class CausalConv(nn.Module):
         return self._convolve(taps), taps[1:]
 
     def _convolve(self, taps: Iterable[jax.Array]) -> jax.Array:
-        # W shifted products: XLA fuses them into one pass, where a grouped convolution call is far slower.
         wide = at_least_float32(self.dtype)
-        y = self.bias.astype(wide)
-        for weight, tap in zip(self.kernel.astype(wide), taps, strict=True):
-            y = y + weight * tap.astype(wide)
+        y = _sum_of_products(self.kernel.astype(wide), tuple(taps)) + self.bias.astype(wide)
         return nn.silu(y).astype(self.dtype)
+
+
+@jax.custom_vjp
+def _sum_of_products(kernel: jax.Array, taps: tuple[jax.Array, ...]) -> jax.Array:
+    """sum over taps of kernel[tap] * taps[tap]: [W, V] and W times [.., V] -> [.., V] in the dtype of `kernel`."""
+    # W shifted products: XLA fuses them into one pass, where a grouped convolution call is far slower.
+    products = [weight * tap.astype(kernel.dtype) for weight, tap in zip(kernel, taps, strict=True)]
+    return functools.reduce(jnp.add, products)
+
+
+def _sum_of_products_forward(
+    kernel: jax.Array, taps: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, ...]]]:
+    return _sum_of_products(kernel, taps), (kernel, taps)
+
+
+def _sum_of_products_backward(
+    saved: tuple[jax.Array, tuple[jax.Array, ...]], gradient: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    kernel, taps = saved
+    by_taps = tuple((weight * gradient).astype(tap.dtype) for weight, tap in zip(kernel, taps, strict=True))
+    # Behind the barrier each sum multiplies while it adds; otherwise XLA writes the products of all taps out first.
+    gradient, taps = jax.lax.optimization_barrier((gradient, taps))
+    axes = tuple(range(gradient.ndim - 1))
+    by_kernel = jnp.stack([(gradient * tap.astype(gradient.dtype)).sum(axis=axes) for tap in taps])
+    return by_kernel, by_taps
+
+
+_sum_of_products.defvjp(_sum_of_products_forward, _sum_of_products_backward)
