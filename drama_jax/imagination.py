@@ -13,6 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from drama_jax import checks
+
 Carry = Any
 Output = Any
 Policy = Callable[[Carry, Output, jax.Array], tuple[Carry, jax.Array]]
@@ -59,6 +61,10 @@ def rollout(
         carry, following = model(carry, output, action, keys[1])
         return (carry, following), (output, action)
 
+    if not callable(model) or not callable(policy):
+        raise TypeError("rollout: model and policy must be functions")
+    checks.integers("rollout", horizon=horizon, unroll=unroll)
+    checks.key("rollout", key)
     keys = jax.random.split(key, (horizon, 2))
     (carry, last), (outputs, actions) = jax.lax.scan(body, start, keys, unroll=unroll)
     outputs = jax.tree.map(lambda before, end: jnp.concatenate([before, end[None]]), outputs, last)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from drama_jax import checks
 from drama_jax.config import OptimizerConfig
 
 LearningRate = float | jax.Array | Callable[[jax.Array], float | jax.Array]
@@ -41,6 +42,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     This is `torch.nn.utils.clip_grad_norm_`. The state keeps the norm before clipping, see `gradient_norm`.
     """
+
+    checks.numbers("clip_by_global_norm", 0, max_norm=max_norm)
 
     def init(params: chex.ArrayTree) -> ClipState:
         return ClipState(norm=jnp.zeros((), _dtype(params)))
@@ -92,6 +95,10 @@ def laprop(
     if not (0 <= b1 < 1 and 0 < b2 < 1):
         raise ValueError(f"laprop needs 0 <= b1 < 1 and 0 < b2 < 1, got b1={b1}, b2={b2}")
 
+    checks.numbers("laprop", 0, eps=eps, weight_decay=weight_decay)
+    if not callable(learning_rate):
+        checks.numbers("laprop", 0, learning_rate=learning_rate)
+
     def init(params: chex.ArrayTree) -> LaPropState:
         return LaPropState(
             num_updates=jnp.zeros((), jnp.int32),
@@ -131,6 +138,9 @@ def laprop(
 def warmup(learning_rate: float | jax.Array, warmup_updates: int) -> Callable[[jax.Array], jax.Array]:
     """Linear warm-up: the k-th update (k = 1, 2, ...) uses learning_rate * min(1, k / warmup_updates)."""
 
+    checks.numbers("warmup", 0, learning_rate=learning_rate)
+    checks.integers("warmup", 0, warmup_updates=warmup_updates)
+
     def schedule(count: jax.Array) -> jax.Array:
         rate = jnp.asarray(learning_rate)
         share = jnp.minimum(1.0, (count + 1).astype(rate.dtype) / max(warmup_updates, 1))
@@ -151,6 +161,7 @@ def make_optimizer(
       config: clipping, warm-up and LaProp settings.
       learning_rate: overrides `config.learning_rate`; may be a traced scalar.
     """
+    checks.instances("make_optimizer", config=(config, OptimizerConfig))
     rate = config.learning_rate if learning_rate is None else learning_rate
     return optax.flatten(
         optax.chain(
@@ -168,4 +179,7 @@ def gradient_norm(state: optax.OptState) -> jax.Array:
 
 def _dtype(params: chex.ArrayTree) -> jnp.dtype:
     """The dtype that the parameters share."""
+    dtypes = sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in jax.tree.leaves(params)})
+    if len(dtypes) != 1:
+        raise ValueError(f"the optimiser's parameters must be arrays of one dtype, got {', '.join(dtypes) or 'none'}")
     return jnp.result_type(*jax.tree.leaves(params))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from drama_jax import checks
 from drama_jax.config import BehaviourConfig
 
 _CLIP = 10.0
@@ -47,6 +48,7 @@ def update(normaliser: InputNormaliser, features: jax.Array) -> InputNormaliser:
 
     The merge is that of Chan, Golub and LeVeque 1979. The float32 count stops growing by single rows at 2^24.
     """
+    checks.arrays("normalisers.update", features=(features, (..., normaliser.mean.shape[0]), "float"))
     rows = features.reshape(-1, features.shape[-1]).astype(normaliser.mean.dtype)
     batch_mean, batch_variance = jnp.mean(rows, axis=0), jnp.var(rows, axis=0)
     batch_count = float(rows.shape[0])
@@ -61,6 +63,7 @@ def update(normaliser: InputNormaliser, features: jax.Array) -> InputNormaliser:
 
 def apply(normaliser: InputNormaliser, features: jax.Array) -> jax.Array:
     """(x - mean) / standard deviation, clipped to +-10; [..., F] -> [..., F] in the statistics' dtype."""
+    checks.arrays("normalisers.apply", features=(features, (..., normaliser.mean.shape[0]), "float"))
     features = features.astype(normaliser.mean.dtype)
     scale = jax.lax.rsqrt(normaliser.variance + _EPS)
     return jnp.clip((features - normaliser.mean) * scale, -_CLIP, _CLIP)
@@ -76,6 +79,7 @@ def update_return_scale(config: BehaviourConfig, scale: ReturnScale, returns: ja
 
     A percentile p of n numbers is the k-th smallest, k = int(p n) counted from 1 (and at least 1): no interpolation.
     """
+    checks.arrays("normalisers.update_return_scale", returns=(returns, (...,), "float"))
     ordered = jnp.sort(returns.reshape(-1))
     decay = config.return_scale_decay
 

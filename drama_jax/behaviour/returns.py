@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
+
+from drama_jax import checks
 
 _Affine = tuple[jax.Array, jax.Array]
 
@@ -35,9 +36,11 @@ def lambda_returns(
     Returns:
       G_t [..., T].
     """
-    chex.assert_equal_shape([rewards, continues])
+    function = "lambda_returns"
+    checks.arrays(function, rewards=(rewards, (..., "T"), "float"), continues=(continues, (..., "T"), "float"))
     horizon = rewards.shape[-1]
-    chex.assert_shape(values, (*rewards.shape[:-1], horizon + 1))
+    checks.arrays(function, values=(values, (*rewards.shape[:-1], horizon + 1), "float"))
+    checks.numbers(function, 0, 1, discount=discount, lambda_=lambda_)
     bootstrap = values[..., 1:] if bootstrap_next_value else values[..., :-1]
     decay = discount * lambda_ * continues
     # The last step continues into V_T. A mask, not an indexed update: everything up to the scan stays elementwise.
@@ -55,5 +58,6 @@ def lambda_returns(
 
 def survival(continues: jax.Array) -> jax.Array:
     """Probability of reaching step t: the product of c_s over s < t, [..., T] -> [..., T], starting with 1."""
+    checks.arrays("survival", continues=(continues, (..., "T"), "float"))
     reached = jnp.cumprod(continues[..., :-1], axis=-1)
     return jnp.concatenate([jnp.ones_like(continues[..., :1]), reached], axis=-1)

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
+from drama_jax import checks
 from drama_jax.ssd.chunked import ssd_chunked
 from drama_jax.ssd.reference import ssd_reference
 from drama_jax.ssd.reference import ssd_step as _step
@@ -62,7 +62,8 @@ def ssd(
       y `[B, T, H, P]` in x's dtype, and the state after the last step, `[B, H, P, N]` in float32 or float64.
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit, or an implementation that cannot run.
+      TypeError, ValueError: on arguments that are no arrays, shapes or dtypes that do not fit, or an implementation
+        that cannot run.
     """
     name = "chunked" if implementation is None else implementation
     if name == "pallas":
@@ -74,23 +75,20 @@ def ssd(
         raise ValueError(
             f"ssd: unknown implementation {name!r}; accepted: None, {', '.join(map(repr, IMPLEMENTATIONS))}"
         )
-    if x.ndim != 4 or B.ndim != 4:
-        raise ValueError(f"ssd: x must be [B, T, H, P] and B [B, T, G, N], got {x.shape} and {B.shape}")
-    batch, time, heads, head_dim = x.shape
-    groups, state_dim = B.shape[2:]
-    if time < 1 or chunk_size < 1:
-        raise ValueError(f"ssd: needs at least one step and chunk_size >= 1, got T={time} and chunk_size={chunk_size}")
-    _check_groups(heads, groups)
-    _check_shape("dt", dt, (batch, time, heads))
-    _check_shape("A", A, (heads,))
-    _check_shape("B", B, (batch, time, groups, state_dim))
-    _check_shape("C", C, (batch, time, groups, state_dim))
-    _check_shape("D", D, (heads,))
-    _check_shape("initial_state", initial_state, (batch, heads, head_dim, state_dim))
-    _check_shape("segment_ids", segment_ids, (batch, time))
-    _check_dtypes(x, dt, A, B, C, D, initial_state)
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"ssd: segment_ids must be integers, got {segment_ids.dtype}")
+    checks.arrays("ssd", x=(x, ("B", "T", "H", "P"), "float"))
+    checks.arrays(
+        "ssd",
+        dict(zip("BTHP", x.shape)),
+        dt=(dt, ("B", "T", "H"), "float"),
+        A=(A, ("H",), "float"),
+        B=(B, ("B", "T", "G", "N"), str(x.dtype)),
+        C=(C, ("B", "T", "G", "N"), str(x.dtype)),
+        D=(D, ("H",), "float or None"),
+        initial_state=(initial_state, ("B", "H", "P", "N"), "float or None"),
+        segment_ids=(segment_ids, ("B", "T"), "integer or None"),
+    )
+    checks.integers("ssd", T=x.shape[1], chunk_size=chunk_size)
+    _check_groups("ssd", x.shape[2], B.shape[2])
     extra = {"chunk_size": chunk_size} if name == "chunked" else {}
     return IMPLEMENTATIONS[name](x, dt, A, B, C, D=D, initial_state=initial_state, segment_ids=segment_ids, **extra)
 
@@ -122,38 +120,25 @@ def ssd_step(
       y `[B, H, P]` in x's dtype and the new state `[B, H, P, N]` in the state's dtype.
 
     Raises:
-      ValueError: on shapes or dtypes that do not fit.
+      TypeError, ValueError: on arguments that are no arrays, shapes or dtypes that do not fit.
     """
-    if x.ndim != 3 or B.ndim != 3:
-        raise ValueError(f"ssd_step: x must be [B, H, P] and B [B, G, N], got {x.shape} and {B.shape}")
-    batch, heads, head_dim = x.shape
-    groups, state_dim = B.shape[1:]
-    _check_groups(heads, groups)
-    _check_shape("state", state, (batch, heads, head_dim, state_dim))
-    _check_shape("dt", dt, (batch, heads))
-    _check_shape("A", A, (heads,))
-    _check_shape("B", B, (batch, groups, state_dim))
-    _check_shape("C", C, (batch, groups, state_dim))
-    _check_shape("D", D, (heads,))
-    _check_dtypes(x, dt, A, B, C, D, state)
+    checks.arrays("ssd_step", x=(x, ("B", "H", "P"), "float"))
+    checks.arrays(
+        "ssd_step",
+        dict(zip("BHP", x.shape)),
+        state=(state, ("B", "H", "P", "N"), "float"),
+        dt=(dt, ("B", "H"), "float"),
+        A=(A, ("H",), "float"),
+        B=(B, ("B", "G", "N"), str(x.dtype)),
+        C=(C, ("B", "G", "N"), str(x.dtype)),
+        D=(D, ("H",), "float or None"),
+    )
+    _check_groups("ssd_step", x.shape[1], B.shape[1])
     return _step(state, x, dt, A, B, C, D=D)
 
 
-def _check_groups(heads: int, groups: int) -> None:
+def _check_groups(function: str, heads: int, groups: int) -> None:
     if groups < 1 or heads % groups:
-        raise ValueError(f"ssd: the number of groups must divide the number of heads, got G={groups} and H={heads}")
-
-
-def _check_shape(name: str, value: jax.Array | None, shape: tuple[int, ...]) -> None:
-    if value is not None and value.shape != shape:
-        raise ValueError(f"ssd: {name} must have shape {shape} to fit x and B, got {value.shape}")
-
-
-def _check_dtypes(
-    x: jax.Array, dt: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array, *others: jax.Array | None
-) -> None:
-    if not x.dtype == B.dtype == C.dtype:
-        raise ValueError(f"ssd: x, B and C must share one dtype, got {x.dtype}, {B.dtype} and {C.dtype}")
-    for value in (x, dt, A, *others):
-        if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"ssd: all arrays but segment_ids must be floating point, got {value.dtype}")
+        raise ValueError(
+            f"{function}: the number of groups of B and C must divide the number of heads, got G={groups} and H={heads}"
+        )
