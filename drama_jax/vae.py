@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drama_jax import distributions
+from drama_jax import checks, distributions
 from drama_jax.config import AutoencoderConfig
 from drama_jax.nn import (
     BatchNorm,
@@ -167,6 +167,8 @@ def mixed_logits(config: AutoencoderConfig, raw: jax.Array) -> jax.Array:
 
 def init(key: jax.Array, config: AutoencoderConfig, dtype: Dtype = jnp.float32) -> tuple[Params, Params]:
     """Parameters and batch statistics: two dicts, `{encoder, posterior_head, decoder}` and `{encoder, decoder}`."""
+    checks.instances("vae.init", config=(config, AutoencoderConfig))
+    checks.key("vae.init", key)
     encoder_key, head_key, decoder_key = jax.random.split(key, 3)
     half, channels = config.image_size // 2, config.image_channels
     phases = jnp.zeros((1, half, half, 4 * channels), dtype)
@@ -181,6 +183,7 @@ def init(key: jax.Array, config: AutoencoderConfig, dtype: Dtype = jnp.float32) 
 
 def frames_to_phases(frames: jax.Array, dtype: Dtype) -> jax.Array:
     """Frames uint8 [N, height, width, channels] to phases in 0..1 [N, h/2, w/2, 4 channels] of `dtype`."""
+    checks.arrays("vae.frames_to_phases", frames=(frames, ("N", "height", "width", "channels"), "uint8"))
     return space_to_depth(frames).astype(dtype) / 255
 
 
@@ -199,6 +202,11 @@ def encode(
     Returns:
       Embedding [N, E] of `dtype` (flattened height, width, channel) and the batch statistics, moved if `train`.
     """
+    checks.instances("vae.encode", config=(config, AutoencoderConfig))
+    checks.parts("vae.encode", "params", params, "encoder")
+    checks.parts("vae.encode", "batch_stats", batch_stats, "encoder")
+    half = config.image_size // 2
+    checks.arrays("vae.encode", phases=(phases, ("N", half, half, 4 * config.image_channels), "float"))
     variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
     features, moved = Encoder(config, dtype).apply(variables, phases, train, mutable=["batch_stats"])
     return features, {**batch_stats, "encoder": moved["batch_stats"]}
@@ -206,6 +214,10 @@ def encode(
 
 def posterior(config: AutoencoderConfig, params: Params, embedding: jax.Array, *, dtype: Dtype) -> jax.Array:
     """Log-probabilities of q(z | frame) [.., K, C] (in at least float32) from the embedding [.., E]."""
+    checks.instances("vae.posterior", config=(config, AutoencoderConfig))
+    checks.parts("vae.posterior", "params", params, "posterior_head")
+    features = config.map_size**2 * config.depths[-1]
+    checks.arrays("vae.posterior", embedding=(embedding, (..., features), "float"))
     raw = posterior_head(config, dtype).apply({"params": params["posterior_head"]}, embedding)
     return mixed_logits(config, raw)
 
@@ -222,6 +234,10 @@ def decode(
       Frames 0..1 in phase layout [N, h/2, w/2, 4 channels] (`drama_jax.nn.depth_to_space` makes pixels of them), in at
       least float32, and the batch statistics, moved if `train`.
     """
+    checks.instances("vae.decode", config=(config, AutoencoderConfig))
+    checks.parts("vae.decode", "params", params, "decoder")
+    checks.parts("vae.decode", "batch_stats", batch_stats, "decoder")
+    checks.arrays("vae.decode", latent=(latent, ("N", config.latent_size), "float"))
     variables = {"params": params["decoder"], "batch_stats": batch_stats["decoder"]}
     phases, moved = Decoder(config, dtype).apply(variables, latent, train, mutable=["batch_stats"])
     return phases, {**batch_stats, "decoder": moved["batch_stats"]}

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drama_jax import backbones, distributions, optim, vae
+from drama_jax import backbones, checks, distributions, optim, vae
 from drama_jax.config import WorldModelConfig
 from drama_jax.nn import depth_to_space, rms_norm, space_to_depth
-from drama_jax.precision import at_least_float32
+from drama_jax.precision import at_least_float32, named
 from drama_jax.replay import Batch
 
 Params = Any
@@ -70,7 +70,7 @@ class Head(nn.Module):
 
 def compute_dtype(config: WorldModelConfig) -> Dtype:
     """dtype of convolutions and matrix products; `auto` must have been resolved before."""
-    return jnp.dtype(config.compute_dtype)
+    return named(config.compute_dtype)
 
 
 def _backbone(config: WorldModelConfig, num_actions: int) -> nn.Module:
@@ -88,6 +88,9 @@ def _heads(config: WorldModelConfig) -> dict[str, nn.Module]:
 
 def init(key: jax.Array, config: WorldModelConfig, num_actions: int) -> WorldModelState:
     """Freshly initialised parameters, statistics and optimiser. The key is consumed."""
+    checks.instances("world_model.init", config=(config, WorldModelConfig))
+    checks.key("world_model.init", key)
+    checks.integers("world_model.init", num_actions=num_actions)
     vae_key, backbone_key, *head_keys = jax.random.split(key, 5)
     dtype = compute_dtype(config)
     params, batch_stats = vae.init(vae_key, config.autoencoder, dtype)
@@ -102,6 +105,8 @@ def init(key: jax.Array, config: WorldModelConfig, num_actions: int) -> WorldMod
 
 def posterior(config: WorldModelConfig, state: WorldModelState, frames: jax.Array) -> jax.Array:
     """Log-probabilities of q(z | frame) in evaluation mode: uint8 [..., height, width, channels] -> [..., K, C]."""
+    checks.instances("world_model.posterior", config=(config, WorldModelConfig), state=(state, WorldModelState))
+    checks.arrays("world_model.posterior", frames=(frames, (..., *config.autoencoder.image_shape), "uint8"))
     dtype = compute_dtype(config)
     lead = frames.shape[:-3]
     phases = vae.frames_to_phases(frames.reshape(-1, *frames.shape[-3:]), dtype)
@@ -112,6 +117,8 @@ def posterior(config: WorldModelConfig, state: WorldModelState, frames: jax.Arra
 
 def decode(config: WorldModelConfig, state: WorldModelState, latent: jax.Array) -> jax.Array:
     """Frames in 0..1 from latents in evaluation mode: [..., S] -> [..., height, width, channels], float32."""
+    checks.instances("world_model.decode", config=(config, WorldModelConfig), state=(state, WorldModelState))
+    checks.arrays("world_model.decode", latent=(latent, (..., config.autoencoder.latent_size), "float"))
     lead = latent.shape[:-1]
     phases, _ = vae.decode(
         config.autoencoder,
@@ -147,6 +154,7 @@ def observe(
     Returns:
       d_t [B, T, D] and the recurrent state after the last step.
     """
+    _check_sequence("world_model.observe", config, params, latent, actions, num_actions)
     module = _backbone(config, num_actions)
     features, state = module.apply(
         {"params": params["backbone"]}, latent, actions, state=state, segment_ids=segment_ids
@@ -176,6 +184,7 @@ def open_window(
       d_t [B, T, D] and a window, which `step` takes in place of a recurrent state: the same results, for less memory
       traffic if context and horizon are short (see `backbones.mamba2_window`).
     """
+    _check_sequence("world_model.open_window", config, params, latent, actions, num_actions)
     features, window = _backbone(config, num_actions).apply(
         {"params": params["backbone"]},
         latent,
@@ -192,14 +201,39 @@ def step(
     config: WorldModelConfig, params: Params, state: Any, latent: jax.Array, actions: jax.Array, *, num_actions: int
 ) -> tuple[jax.Array, Any]:
     """One step of the sequence model: latent [B, S], actions [B] -> d [B, D] and the new state or window."""
+    _check_sequence("world_model.step", config, params, latent, actions, num_actions, axes=("B",))
     features, state = _backbone(config, num_actions).apply(
         {"params": params["backbone"]}, latent, actions, state, method="step"
     )
     return features, state
 
 
+def _check_sequence(
+    function: str,
+    config: WorldModelConfig,
+    params: Params,
+    latent: jax.Array,
+    actions: jax.Array,
+    num_actions: int,
+    axes: tuple[str, ...] = ("B", "T"),
+) -> None:
+    checks.instances(function, config=(config, WorldModelConfig))
+    checks.parts(function, "params", params, "backbone")
+    checks.integers(function, num_actions=num_actions)
+    size = config.autoencoder.latent_size
+    checks.arrays(function, latent=(latent, (*axes, size), "float"), actions=(actions, axes, "integer"))
+
+
+def _check_features(name: str, config: WorldModelConfig, params: Params, features: jax.Array) -> None:
+    function = f"world_model.{name}"
+    checks.instances(function, config=(config, WorldModelConfig))
+    checks.parts(function, "params", params, f"{name.removesuffix('_logits')}_head")
+    checks.arrays(function, features=(features, (..., config.backbone.width), "float"))
+
+
 def prior(config: WorldModelConfig, params: Params, features: jax.Array) -> jax.Array:
     """Log-probabilities of p(z_(t+1) | d_t): [..., D] -> [..., K, C], in at least float32."""
+    _check_features("prior", config, params, features)
     head = _heads(config)["prior_head"]
     raw = head.apply({"params": params["prior_head"]}, features.astype(compute_dtype(config)))
     return vae.mixed_logits(config.autoencoder, raw)
@@ -207,12 +241,14 @@ def prior(config: WorldModelConfig, params: Params, features: jax.Array) -> jax.
 
 def reward_logits(config: WorldModelConfig, params: Params, features: jax.Array) -> jax.Array:
     """Two-hot logits of the symlog reward: [..., D] -> [..., bins]."""
+    _check_features("reward_logits", config, params, features)
     head = _heads(config)["reward_head"]
     return head.apply({"params": params["reward_head"]}, features.astype(compute_dtype(config)))
 
 
 def termination_logits(config: WorldModelConfig, params: Params, features: jax.Array) -> jax.Array:
     """Logit of termination: [..., D] -> [...]."""
+    _check_features("termination_logits", config, params, features)
     head = _heads(config)["termination_head"]
     return head.apply({"params": params["termination_head"]}, features.astype(compute_dtype(config)))[..., 0]
 
@@ -237,9 +273,19 @@ def forward(
     Returns:
       `Forward` and the moved batch statistics.
     """
+    checks.instances("world_model.forward", config=(config, WorldModelConfig), batch=(batch, Batch))
+    checks.parts("world_model.forward", "params", params, "encoder", "posterior_head", "decoder", "backbone")
+    checks.parts("world_model.forward", "batch_stats", batch_stats, "encoder", "decoder")
     dtype = compute_dtype(config)
-    lead = batch.actions.shape
     ae = config.autoencoder
+    checks.arrays(
+        "world_model.forward",
+        frames=(batch.frames, ("B", "T", *ae.image_shape), "uint8"),
+        actions=(batch.actions, ("B", "T"), "integer"),
+        gumbel=(gumbel, ("B", "T", ae.categoricals, ae.classes), "float"),
+        segment_ids=(segment_ids, ("B", "T"), "integer or None"),
+    )
+    lead = batch.actions.shape
     phases = vae.frames_to_phases(batch.frames.reshape(-1, *ae.image_shape), dtype)
     embedding, batch_stats = vae.encode(ae, params, batch_stats, phases, train=True, dtype=dtype)
     log_posterior = vae.posterior(ae, params, embedding, dtype=dtype).reshape(*lead, ae.categoricals, ae.classes)
@@ -268,6 +314,13 @@ def losses(
     The two KL terms compare the prior at t with the posterior at t + 1. Where `segment_ids` says that an episode
     starts at t + 1 there is nothing to predict, and the pair does not count.
     """
+    checks.arrays(
+        "world_model.losses",
+        frames=(batch.frames, ("B", "T", *config.autoencoder.image_shape), "uint8"),
+        rewards=(batch.rewards, ("B", "T"), "float"),
+        terminals=(batch.terminals, ("B", "T"), "bool"),
+        segment_ids=(segment_ids, ("B", "T"), "integer or None"),
+    )
     dtype = out.reconstruction.dtype
     target = space_to_depth(batch.frames.reshape(-1, *config.autoencoder.image_shape)).astype(dtype) / 255
     error = jnp.square(out.reconstruction - target.reshape(out.reconstruction.shape))
@@ -348,6 +401,8 @@ def update(
     Returns:
       The new state and scalar metrics.
     """
+
+    checks.instances("world_model.update", state=(state, WorldModelState))
 
     def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
         total, (terms, batch_stats, _) = loss(

@@ -21,6 +21,7 @@ from __future__ import annotations
 import jax.typing
 from flax import linen as nn
 
+from drama_jax import checks
 from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window
 from drama_jax.config import BackboneConfig, ConfigError
@@ -39,8 +40,9 @@ def make(config: BackboneConfig, num_actions: int, dtype: jax.typing.DTypeLike) 
     Raises:
       ConfigError: if there is no such backbone, or no action.
     """
-    if num_actions < 1:
-        raise ConfigError(f"num_actions must be at least 1, got {num_actions}")
+    checks.instances("backbones.make", config=(config, BackboneConfig))
+    if isinstance(num_actions, bool) or not isinstance(num_actions, int) or num_actions < 1:
+        raise ConfigError(f"num_actions must be at least 1, an integer, got {num_actions!r}")
     if config.name != "mamba2":
         raise ConfigError(f"BackboneConfig.name must be 'mamba2', got {config.name!r}")
     return Mamba2Backbone(config, num_actions, dtype)

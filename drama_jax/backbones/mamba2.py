@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
+from drama_jax import checks
 from drama_jax.backbones.causal_conv import CausalConv
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window, attend, open_window
 from drama_jax.config import BackboneConfig
@@ -95,9 +96,10 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit.
         """
-        _check_inputs(latent, action, rank=3)
+        _check_inputs(latent, action, segment_ids, axes=("B", "T"))
         if state is None:
             state = self.initial_state(latent.shape[0])
+        self._check_state(state, latent.shape[0])
         index = None if segment_ids is None else segment_index(segment_ids)
         blocks = [
             functools.partial(layer, state=layer_state, index=index)
@@ -131,9 +133,8 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit, or the horizon is not positive.
         """
-        _check_inputs(latent, action, rank=3)
-        if horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {horizon}")
+        _check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        checks.integers("backbone", horizon=horizon)
         index = None if segment_ids is None else segment_index(segment_ids)
         blocks = [
             functools.partial(layer.open_window, index=index, horizon=horizon, unrolled=unrolled)
@@ -158,7 +159,8 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit.
         """
-        _check_inputs(latent, action, rank=2)
+        _check_inputs(latent, action, None, axes=("B",))
+        self._check_state(state, latent.shape[0], Mamba2Window)
         memories: tuple[Mamba2LayerState | Mamba2LayerWindow, ...] = state.layers
         blocks = [
             functools.partial(layer.step, state=memory) for layer, memory in zip(self.layers, memories, strict=True)
@@ -166,6 +168,15 @@ class Mamba2Backbone(nn.Module):
         features, layers = self._through(blocks, latent, action)
         kind = Mamba2Window if isinstance(state, Mamba2Window) else Mamba2State
         return features, kind(layers=layers)
+
+    def _check_state(self, state: Any, batch_size: int, *kinds: type) -> None:
+        checks.instances("backbone", state=(state, (Mamba2State, *kinds)))
+        if len(state.layers) != self.config.num_layers:
+            raise ValueError(f"backbone: state must have {self.config.num_layers} layers, got {len(state.layers)}")
+        for wanted, given in zip(self.initial_state(batch_size).layers, state.layers):
+            if isinstance(given, Mamba2LayerState):
+                checks.arrays("backbone, state", conv=(given.conv, wanted.conv.shape, "float"))
+                checks.arrays("backbone, state", ssm=(given.ssm, wanted.ssm.shape, "float"))
 
     def _through(
         self, blocks: Iterable[Callable[[jax.Array], tuple[jax.Array, Any]]], latent: jax.Array, action: jax.Array
@@ -191,6 +202,13 @@ class Stem(nn.Module):
     def __call__(self, latent: jax.Array, action: jax.Array) -> jax.Array:
         """Embeds latent and action in the residual stream."""
         size, wide = latent.shape[-1], at_least_float32(self.dtype)
+        if self.has_variable("params", "kernel"):
+            rows = self.get_variable("params", "kernel").shape[0]
+            if rows != size + self.num_actions:
+                raise ValueError(
+                    f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
+                    f"A = {self.num_actions} actions"
+                )
         kernel = self.param("kernel", _uniform_fan_in(), (size + self.num_actions, self.width), wide)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), wide)
         embedded = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
@@ -352,14 +370,13 @@ def _as_stored(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x)
 
 
-def _check_inputs(latent: jax.Array, action: jax.Array, rank: int) -> None:
-    if latent.ndim != rank or latent.shape[:-1] != action.shape:
-        leading = "[B, T]" if rank == 3 else "[B]"
-        raise ValueError(
-            f"latent must be {leading[:-1]}, S] and action {leading}, got shapes {latent.shape} and {action.shape}"
-        )
-    if not jnp.issubdtype(action.dtype, jnp.integer):
-        raise ValueError(f"action must be integers (indices, not one-hot), got {action.dtype}")
+def _check_inputs(latent: jax.Array, action: jax.Array, segment_ids: jax.Array | None, axes: tuple[str, ...]) -> None:
+    checks.arrays(
+        "backbone",
+        latent=(latent, (*axes, "S"), "float"),
+        action=(action, axes, "integer"),  # indices, not one-hot
+        segment_ids=(segment_ids, axes, "integer or None"),
+    )
 
 
 def _uniform_fan_in(scale: float = 1.0) -> nn.initializers.Initializer:

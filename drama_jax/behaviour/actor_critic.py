@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drama_jax import distributions, optim
+from drama_jax import checks, distributions, optim
 from drama_jax.behaviour import networks, normalisers
 from drama_jax.behaviour.returns import lambda_returns, survival
 from drama_jax.config import BehaviourConfig, Fidelity
-from drama_jax.precision import at_least_float32
+from drama_jax.precision import at_least_float32, named
 
 Params = Any
 
@@ -52,7 +52,10 @@ class LossTerms:
 
 def init(key: jax.Array, config: BehaviourConfig, feature_size: int, num_actions: int) -> BehaviourState:
     """A fresh behaviour for features of size F and A actions. The key is consumed."""
-    dtype = at_least_float32(config.compute_dtype)
+    checks.instances("behaviour.init", config=(config, BehaviourConfig))
+    checks.key("behaviour.init", key)
+    checks.integers("behaviour.init", feature_size=feature_size, num_actions=num_actions)
+    dtype = at_least_float32(named(config.compute_dtype))
     actor_key, critic_key = jax.random.split(key)
     features = jnp.zeros((1, feature_size), dtype)
     params = {
@@ -73,6 +76,10 @@ def policy_logits(
     config: BehaviourConfig, params: dict[str, Params], normaliser: normalisers.InputNormaliser, features: jax.Array
 ) -> jax.Array:
     """Policy logits of features [..., F] -> [..., A] in at least float32. No statistic moves."""
+    function = "behaviour.policy_logits"
+    checks.instances(function, config=(config, BehaviourConfig), normaliser=(normaliser, normalisers.InputNormaliser))
+    checks.parts(function, "params", params, "actor")
+    checks.arrays(function, features=(features, (..., normaliser.mean.shape[0]), "float"))
     num_actions = params["actor"]["output"]["bias"].shape[-1]
     inputs = normalisers.apply(normaliser, features)
     logits: jax.Array = networks.actor(config, num_actions).apply({"params": params["actor"]}, inputs)
@@ -81,6 +88,10 @@ def policy_logits(
 
 def value_logits(config: BehaviourConfig, critic: Params, features: jax.Array) -> jax.Array:
     """Symlog two-hot logits of the value of features [..., F] -> [..., num_bins] in at least float32."""
+    checks.instances("behaviour.value_logits", config=(config, BehaviourConfig))
+    checks.parts("behaviour.value_logits", "critic", critic, "hidden_0", "output")
+    feature_size = critic["hidden_0"]["kernel"].shape[0]
+    checks.arrays("behaviour.value_logits", features=(features, (..., feature_size), "float"))
     logits: jax.Array = networks.critic(config).apply({"params": critic}, features)
     return logits
 
@@ -116,6 +127,7 @@ def loss(
     Returns:
       (loss [], its terms).
     """
+    _check_rollouts("behaviour.loss", config, fidelity, state, features, actions, rewards, terminations)
     # The networks see rows; taken time-major, as the rollout leaves them in memory, no row has to move.
     rows = features.swapaxes(0, 1)
     logits = policy_logits(config, params, state.normaliser, rows[:-1]).swapaxes(0, 1)
@@ -188,6 +200,7 @@ def update(
     Returns:
       (state after the step, metrics: scalars []).
     """
+    _check_rollouts("behaviour.update", config, fidelity, state, features, actions, rewards, terminations)
     state = dataclasses.replace(state, normaliser=normalisers.update(state.normaliser, features))
 
     def objective(params: dict[str, Params]) -> tuple[jax.Array, LossTerms]:
@@ -219,3 +232,26 @@ def update(
         state, params=params, slow_critic=slow_critic, opt_state=opt_state, return_scale=terms.return_scale
     )
     return state, {f"actor_critic/{name}": value for name, value in metrics.items()}
+
+
+def _check_rollouts(
+    function: str,
+    config: BehaviourConfig,
+    fidelity: Fidelity,
+    state: BehaviourState,
+    features: jax.Array,
+    actions: jax.Array,
+    rewards: jax.Array,
+    terminations: jax.Array,
+) -> None:
+    checks.instances(function, config=(config, BehaviourConfig), fidelity=(fidelity, Fidelity))
+    checks.instances(function, state=(state, BehaviourState))
+    checks.arrays(
+        function,
+        actions=(actions, ("B", "L"), "integer"),
+        rewards=(rewards, ("B", "L"), "float"),
+        terminations=(terminations, ("B", "L"), "bool"),
+    )
+    length = actions.shape[1] + 1
+    feature_size = state.normaliser.mean.shape[0]
+    checks.arrays(function, {"B": actions.shape[0]}, features=(features, ("B", length, feature_size), "float"))

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from drama_jax.config import BehaviourConfig
-from drama_jax.nn import rms_norm
-from drama_jax.precision import at_least_float32
+from drama_jax.nn.rms_norm import rms_norm
+from drama_jax.precision import at_least_float32, named
 
 HIDDEN_GAIN = 2**0.5
 OUTPUT_GAIN = 1e-3
@@ -49,9 +48,9 @@ class MLP(nn.Module):
 
 def actor(config: BehaviourConfig, num_actions: int) -> MLP:
     """Normalised features [..., F] -> policy logits [..., A]."""
-    return MLP(config.actor_layers, config.actor_units, num_actions, jnp.dtype(config.compute_dtype))
+    return MLP(config.actor_layers, config.actor_units, num_actions, named(config.compute_dtype))
 
 
 def critic(config: BehaviourConfig) -> MLP:
     """Features [..., F], not normalised -> symlog two-hot logits of the value [..., num_bins]."""
-    return MLP(config.critic_layers, config.critic_units, config.num_bins, jnp.dtype(config.compute_dtype))
+    return MLP(config.critic_layers, config.critic_units, config.num_bins, named(config.compute_dtype))

@@ -22,19 +22,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from drama_jax.checks import arrays as check_arrays
 from drama_jax.nn import gpu_convolution
 
 
 def space_to_depth(x: jax.Array) -> jax.Array:
     """Pixels to phases: [N, 2h, 2w, C] -> [N, h, w, 4C], any dtype."""
+    check_arrays("space_to_depth", x=(x, ("N", "2h", "2w", "C"), "any"))
     n, height, width, channels = x.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"space_to_depth: x must have even height and width, got {x.shape}")
     x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * channels)
 
 
 def depth_to_space(x: jax.Array) -> jax.Array:
     """Phases to pixels, the inverse of `space_to_depth`: [N, h, w, 4C] -> [N, 2h, 2w, C]."""
+    check_arrays("depth_to_space", x=(x, ("N", "h", "w", "4C"), "any"))
     n, height, width, channels = x.shape
+    if channels % 4:
+        raise ValueError(f"depth_to_space: x must have a multiple of four channels, got {x.shape}")
     x = x.reshape(n, height, width, 2, 2, channels // 4)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, channels // 4)
 
@@ -70,6 +77,7 @@ def conv_transpose_stride1(phases: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Plain 3x3 convolution, stride 1, zero padding: [N, h, w, I] and [3, 3, I, O] -> [N, h, w, O]."""
+    check_arrays("conv3x3", x=(x, ("N", "h", "w", "I"), "float"), kernel=(kernel, (3, 3, "I", "O"), str(x.dtype)))
     out_channels = kernel.shape[-1]
     if x.dtype == jnp.bfloat16:
         # Tensor cores take channels in sixteens. Padded here, the zeros are written by whatever kernel produces `x`;
@@ -146,6 +154,7 @@ def _gradients_on_cpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> t
 
 def _cells(kernel: jax.Array) -> jax.Array:
     """Rows and columns into (cell, phase): [5, 5, I, O] -> [3, 2, 3, 2, I, O], index k = 2 cell + phase."""
+    check_arrays("a 5x5 convolution", kernel=(kernel, (5, 5, "I", "O"), "float"))
     in_channels, out_channels = kernel.shape[2:]
     padded = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
     return padded.reshape(3, 2, 3, 2, in_channels, out_channels)
@@ -153,14 +162,15 @@ def _cells(kernel: jax.Array) -> jax.Array:
 
 def stencil_stride2(kernel: jax.Array) -> jax.Array:
     """The 3x3 kernel of `conv_stride2`, k = 2d + p + 2: [5, 5, I, O] -> [3, 3, 4I, O]."""
+    cells = _cells(kernel)
     in_channels, out_channels = kernel.shape[2:]
-    return _cells(kernel).transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * in_channels, out_channels)
+    return cells.transpose(0, 2, 1, 3, 4, 5).reshape(3, 3, 4 * in_channels, out_channels)
 
 
 def stencil_transpose_stride2(kernel: jax.Array) -> jax.Array:
     """The 3x3 kernel of `conv_transpose_stride2`, k = q - 2d + 2 (cells backwards): [5, 5, I, O] -> [3, 3, I, 4O]."""
-    in_channels, out_channels = kernel.shape[2:]
     cells = _cells(kernel)[::-1, :, ::-1]
+    in_channels, out_channels = kernel.shape[2:]
     return cells.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, in_channels, 4 * out_channels)
 
 
@@ -170,6 +180,7 @@ def stencil_stride1(kernel: jax.Array) -> jax.Array:
     Strided slices instead of a gather: their gradient is a sum of paddings, which XLA fuses into one deterministic
     kernel, where a gather's would be a scatter.
     """
+    check_arrays("a 5x5 convolution", kernel=(kernel, (5, 5, "I", "O"), "float"))
     in_channels, out_channels = kernel.shape[2:]
     padded = jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))  # index k + 1; k = -1 and k = 5 are zero
 

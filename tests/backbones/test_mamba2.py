@@ -312,9 +312,13 @@ def test_initialisation_has_the_released_ranges():
 @pytest.mark.parametrize(
     ("latent", "action", "message"),
     [
-        (jnp.zeros((2, 3, 6)), jnp.zeros((2, 3, 3)), r"latent must be \[B, T, S\]"),
-        (jnp.zeros((2, 6)), jnp.zeros((2,), jnp.int32), r"latent must be \[B, T, S\]"),
-        (jnp.zeros((2, 3, 6)), jnp.zeros((2, 3)), "action must be integers"),
+        (
+            jnp.zeros((2, 3, 6)),
+            jnp.zeros((2, 3, 3)),
+            r"action must be integer \[B, T\], here \[2, 3\], got float32 \[2, 3, 3\]",
+        ),
+        (jnp.zeros((2, 6)), jnp.zeros((2,), jnp.int32), r"latent must be float \[B, T, S\]"),
+        (jnp.zeros((2, 3, 6)), jnp.zeros((2, 3)), "action must be integer"),
     ],
 )
 def test_wrong_inputs_are_one_clear_line(latent, action, message):
