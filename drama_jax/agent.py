@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import distributions, guard, imagination, replay, world_model
+from drama_jax import checks, distributions, guard, imagination, replay, world_model
 from drama_jax.behaviour import actor_critic, normalisers
 from drama_jax.config import AgentConfig, Fidelity
 from drama_jax.precision import at_least_float32
@@ -73,6 +73,7 @@ class Imagined:
 
 def resolve(config: AgentConfig) -> AgentConfig:
     """The configuration with `compute_dtype="auto"` decided: bfloat16 on an accelerator, float32 on a CPU."""
+    checks.instances("agent", config=(config, AgentConfig))
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     def decide(part: Any) -> Any:
@@ -83,6 +84,8 @@ def resolve(config: AgentConfig) -> AgentConfig:
 
 def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
     """A fresh agent with an empty replay. The key is consumed."""
+    checks.key("agent.init", key)
+    checks.integers("agent.init", num_actions=num_actions)
     config = resolve(config)
     key, model_key, behaviour_key = jax.random.split(key, 3)
     return AgentState(
@@ -105,6 +108,7 @@ def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
 
 def observe(state: AgentState, transition: Transition) -> AgentState:
     """Appends a step to the replay without training, as before the first update."""
+    checks.instances("agent.observe", state=(state, AgentState))
     return dataclasses.replace(state, replay=replay.add(state.replay, transition))
 
 
@@ -131,6 +135,7 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
 
     An update whose loss or gradient is not finite is skipped and counted, see `drama_jax.guard`.
     """
+    checks.instances("agent.train_world_model", state=(state, AgentState))
     config, wm = state.config, state.config.world_model
     key, sample_key, noise_key = jax.random.split(state.key, 3)
     starts, memory = replay.sample_training(
@@ -164,6 +169,7 @@ def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
 
     An update whose loss or gradient is not finite is skipped and counted, see `drama_jax.guard`.
     """
+    checks.instances("agent.train_behaviour", state=(state, AgentState))
     config, im = state.config, state.config.imagination
     key, sample_key, imagine_key = jax.random.split(state.key, 3)
     starts, memory = replay.sample_imagination(
@@ -217,6 +223,8 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     Returns:
       The rollouts, and the policy's input statistics (moved only if `normalise_by_training_data` is off).
     """
+    checks.instances("agent.imagine", state=(state, AgentState), context=(context, Batch))
+    checks.key("agent.imagine", key)
     config, fidelity = state.config, state.config.fidelity
     wm = config.world_model
     params = state.world_model.params
@@ -286,6 +294,8 @@ def policy_input(state: AgentState, latent: jax.Array, hidden: jax.Array) -> jax
 
 def initial_acting(state: AgentState, num_envs: int) -> Acting:
     """Empty contexts for `num_envs` environments."""
+    checks.instances("agent.initial_acting", state=(state, AgentState))
+    checks.integers("agent.initial_acting", num_envs=num_envs)
     context = state.config.acting_context
     shape = state.config.world_model.autoencoder.image_shape
     return Acting(
@@ -314,6 +324,11 @@ def act(
     Returns:
       Actions [E] int32 and the context including this step.
     """
+    checks.instances("agent.act", state=(state, AgentState), acting=(acting, Acting))
+    checks.key("agent.act", key)
+    image = state.config.world_model.autoencoder.image_shape
+    checks.arrays("agent.act", {"E": acting.length.shape[0]}, frames=(frames, ("E", *image), "uint8"))
+    checks.arrays("agent.act", {"E": acting.length.shape[0]}, first=(first, ("E",), "bool"))
     config, wm = state.config, state.config.world_model
     params = state.world_model.params
     posterior_key, prior_key, action_key, random_key = jax.random.split(key, 4)
@@ -352,6 +367,7 @@ def act(
 
 def reconstruct(state: AgentState, frames: jax.Array, key: jax.Array) -> jax.Array:
     """Frames through the autoencoder: uint8 [..., height, width, channels] -> float in 0..1, same shape."""
+    checks.instances("agent.reconstruct", state=(state, AgentState))
     latent = sample_latent(state, key, world_model.posterior(state.config.world_model, state.world_model, frames))
     return world_model.decode(state.config.world_model, state.world_model, latent)
 
@@ -367,6 +383,9 @@ def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int)
     Returns:
       Frames in 0..1 [B, T, height, width, channels].
     """
+    checks.instances("agent.imagine_video", state=(state, AgentState), batch=(batch, Batch))
+    checks.key("agent.imagine_video", key)
+    checks.integers("agent.imagine_video", 1, batch.actions.shape[1] - 1, context=context)
     wm, params = state.config.world_model, state.world_model.params
     posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
     seen = world_model.posterior(wm, state.world_model, batch.frames[:, :context])
