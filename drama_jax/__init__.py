@@ -7,7 +7,7 @@ The modules are the interface; each works alone:
 * `vae`, `world_model`, `imagination`, `behaviour`: the learner's parts; `replay`, `dfs`: its memory and sampler;
 * `interop`: weights of the released PyTorch code; `config`: every setting.
 
-`drama_jax.envs` and `drama_jax.training` need the extra `drama_jax[experiments]` and are not imported here.
+`drama_jax.envs` and `drama_jax.training` need `python -m pip install -e '.[experiments]'` and are not imported here.
 """
 
 from drama_jax import (

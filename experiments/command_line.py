@@ -41,7 +41,7 @@ class Options:
     logdir: pathlib.Path
     """Runs go to LOGDIR/GAME/PRESET/seedK-TIME. May also be such a directory, to continue that run."""
     env_backend: Literal["envpool", "ale"]
-    """Emulator: EnvPool, or ale-py (pip install 'drama_jax[ale]')."""
+    """Emulator: EnvPool, or ale-py (python -m pip install -e '.[ale]')."""
     eval_episodes: int
     """Episodes played to their end after training; 0 skips the evaluation."""
     sampler: Literal["dfs", "uniform"]

@@ -140,7 +140,7 @@ def _import_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ConfigError("matplotlib is not installed: run pip install matplotlib") from error
+        raise ConfigError("matplotlib is not installed: run python -m pip install matplotlib") from error
     return Figure
 
 

@@ -5,15 +5,13 @@ ale-py holds Python's global lock while it emulates, so threads would not help.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from drama_jax.config import AtariConfig, ConfigError
-from drama_jax.envs.base import Observation, StateMismatch, check_actions, no_progress
+from drama_jax.envs.base import Observation, StateMismatch, check_actions, no_progress, pack_state, unpack_state
 from drama_jax.envs.games import rom_name
 from drama_jax.envs.resize import AreaResize
 
@@ -69,17 +67,12 @@ class AleEnv:
             "version": self._ale_py.__version__,
             "emulators": [emulator.variables() for emulator in self._emulators],
         }
-        arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        return file.getvalue()
+        return pack_state(header, arrays)
 
     def set_state(self, state: bytes, *, on_step: Callable[[int, int], None] = no_progress) -> Observation:
         """See `base.Env`."""
         del on_step  # it is done at once
-        with np.load(io.BytesIO(state), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays["header"].tobytes())
+        header, arrays = unpack_state(state)
         if header["identity"] != self._identity:
             raise ConfigError(
                 f"the saved environment is {header['identity']}, this one is {self._identity}: use the saved settings"
@@ -194,6 +187,6 @@ def _import_ale(game: str) -> tuple[Any, str]:
         import ale_py
         from ale_py import roms
     except ModuleNotFoundError as error:
-        raise ConfigError("ale-py is not installed: run pip install 'drama_jax[ale]'") from error
+        raise ConfigError("ale-py is not installed: run python -m pip install -e '.[ale]'") from error
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     return ale_py, str(roms.get_rom_path(rom_name(game)))

@@ -32,6 +32,8 @@ def make_atari(
       ConfigError: unknown game, a number out of range, or a backend that is not installed.
     """
     game = canonical_game(game)
+    if not isinstance(config, AtariConfig):
+        raise ConfigError(f"config must be an AtariConfig, got a {type(config).__name__}")
     for name, value, low, high in (
         ("num_envs", num_envs, 1, 4096),
         ("image_size", image_size, 1, 160),

@@ -5,7 +5,11 @@ E is the number of parallel environments; H, W, C are frame height, width and ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -84,7 +88,8 @@ class Env(Protocol):
 
         Raises:
           ConfigError: the state belongs to another game, or to other settings.
-          StateMismatch: the emulator is another version, or did not get where it was; call `reset` before `step`.
+          StateMismatch: the state is damaged, the emulator is another version, or it did not get where it was; call
+            `reset` before `step`.
         """
         ...
 
@@ -95,12 +100,47 @@ class Env(Protocol):
 
 def check_actions(actions: np.ndarray, num_envs: int, num_actions: int) -> np.ndarray:
     """`actions` as [E] int32, or ValueError: emulators read out of bounds, or abort, where these checks fail."""
-    array = np.asarray(actions)
+    try:
+        array = np.asarray(actions)
+    except ValueError:  # ragged
+        raise ValueError(f"actions must be {num_envs} integers, got {actions!r}") from None
     if array.shape != (num_envs,) or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"actions must be {num_envs} integers of shape ({num_envs},), got {array.dtype} {array.shape}")
     if array.min() < 0 or array.max() >= num_actions:
         raise ValueError(f"actions must lie in [0, {num_actions}), got {array.tolist()}")
     return array.astype(np.int32)
+
+
+def pack_state(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """What `get_state` returns: SHA-256, then an .npz file of the arrays and the header as JSON."""
+    file = io.BytesIO()
+    np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    content = file.getvalue()
+    return hashlib.sha256(content).digest() + content
+
+
+def unpack_state(state: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the arrays that `pack_state` was given.
+
+    Nothing of a damaged state gets any further: emulators take a few changed bytes, and corrupt the memory.
+
+    Raises:
+      TypeError: `state` is no bytes.
+      StateMismatch: it is damaged, or nothing that `pack_state` returned.
+    """
+    if not isinstance(state, bytes):
+        raise TypeError(f"the saved environment must be bytes, as from get_state, got a {type(state).__name__}")
+    digest, content = state[:32], state[32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise StateMismatch(
+            f"its {len(state)} bytes are damaged, or no state of an environment (their SHA-256 differs)"
+        )
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return dict(json.loads(arrays.pop("header").tobytes())), arrays
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise StateMismatch(f"it is no state of an environment ({type(error).__name__})") from error
 
 
 def attempt(call: Callable[..., Observation], *arguments: Any, **options: Any) -> Observation:

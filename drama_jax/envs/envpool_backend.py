@@ -7,15 +7,13 @@ action since its emulators were made, one byte each, and plays them again to get
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from drama_jax.config import AtariConfig, ConfigError
-from drama_jax.envs.base import Observation, StateMismatch, check_actions, no_progress
+from drama_jax.envs.base import Observation, StateMismatch, check_actions, no_progress, pack_state, unpack_state
 
 _RESET = 255
 """Stands for a call of `reset` among the actions played."""
@@ -88,15 +86,12 @@ class EnvPoolEnv:
         if self._last is None:
             raise RuntimeError("call reset() before get_state()")
         header = {"identity": self._identity, "version": _version(), "last": _digest(self._last)}
-        file = io.BytesIO()
         played = np.frombuffer(bytes(self._played), np.uint8).reshape(-1, self.num_envs)
-        np.savez(file, played=played, header=np.frombuffer(json.dumps(header).encode(), np.uint8))
-        return file.getvalue()
+        return pack_state(header, {"played": played})
 
     def set_state(self, state: bytes, *, on_step: Callable[[int, int], None] = no_progress) -> Observation:
         """See `base.Env`. Plays everything again: about a minute for 100,000 steps."""
-        with np.load(io.BytesIO(state), allow_pickle=False) as file:
-            header, played = json.loads(file["header"].tobytes()), file["played"]
+        header, arrays = unpack_state(state)
         if header["identity"] != self._identity:
             raise ConfigError(
                 f"the saved environment is {header['identity']}, this one is {self._identity}: use the saved settings"
@@ -104,6 +99,7 @@ class EnvPoolEnv:
         self._start()
         if header["version"] != _version():
             raise StateMismatch(f"it was saved by envpool {header['version']}, this is {_version()}")
+        played = arrays["played"]
         for done, actions in enumerate(played, 1):
             observation = self.reset() if actions[0] == _RESET else self.step(actions)
             on_step(done, len(played))
@@ -160,7 +156,7 @@ def _import_envpool() -> Any:
         import envpool
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "EnvPool is not installed: run pip install 'drama_jax[experiments]', or play through ale-py with "
+            "EnvPool is not installed: run python -m pip install -e '.[experiments]', or play through ale-py with "
             "--env-backend ale"
         ) from error
     return envpool

@@ -37,6 +37,8 @@ def canonical_game(name: str) -> str:
     Raises:
       ConfigError: no such game; the message suggests the nearest names.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"a game's name must be a string, got {name!r}")
     games = {_fold(game): game for game in GAMES}
     if _fold(name) in games:
         return games[_fold(name)]

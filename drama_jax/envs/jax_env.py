@@ -50,6 +50,8 @@ class JaxEnv:
     """
 
     def __init__(self, env: Any, params: Any, image_size: int) -> None:
+        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
+            raise ConfigError(f"image_size must be a positive integer, got {image_size!r}")
         space = env.observation_space(params)
         shape = tuple(space.shape)
         if len(shape) not in (2, 3):
@@ -109,9 +111,9 @@ def make(name: str, image_size: int) -> JaxEnv:
     try:
         import gymnax
     except ImportError as error:
-        raise ConfigError(f"JAX environments need gymnax: pip install gymnax six ({error})") from error
+        raise ConfigError(f"JAX environments need gymnax: run python -m pip install gymnax six ({error})") from error
     try:
         env, params = gymnax.make(name)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"gymnax has no environment {name!r}") from error
     return JaxEnv(env, params, image_size)

@@ -333,15 +333,15 @@ def test_bad_arguments_give_one_line(backend, arguments, message):
 
 
 def test_unknown_backend():
-    with pytest.raises(ConfigError, match="'envpool' or 'ale'"):
+    with pytest.raises(ConfigError, match="AtariConfig.backend must be one of 'envpool', 'ale', got 'gym'"):
         AtariConfig(backend="gym")
 
 
 @pytest.mark.parametrize(
     ("backend", "module", "remedies"),
     [
-        ("envpool", "envpool", ["pip install 'drama_jax[experiments]'", "--env-backend ale"]),
-        ("ale", "ale_py", ["pip install 'drama_jax[ale]'"]),
+        ("envpool", "envpool", ["python -m pip install -e '.[experiments]'", "--env-backend ale"]),
+        ("ale", "ale_py", ["python -m pip install -e '.[ale]'"]),
     ],
 )
 def test_missing_backend_names_the_remedy(monkeypatch, backend, module, remedies):
