@@ -269,13 +269,12 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     )
     latents, hiddens = trajectory.outputs
     # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
-    caused = hiddens[1:] if fidelity.reward_follows_action else hiddens[:-1]
-    # Turned around last: the large arrays stay time-major in memory, as the loop wrote them.
+    caused = (hiddens[1:] if fidelity.reward_follows_action else hiddens[:-1]).swapaxes(0, 1)
     imagined = Imagined(
         features=policy_input(state, latents, hiddens).swapaxes(0, 1),
         actions=trajectory.actions.T,
-        rewards=distributions.two_hot_decode(world_model.reward_logits(wm, params, caused)).T,
-        terminations=world_model.termination_logits(wm, params, caused).T > 0,
+        rewards=distributions.two_hot_decode(world_model.reward_logits(wm, params, caused)),
+        terminations=world_model.termination_logits(wm, params, caused) > 0,
     )
     return jax.lax.stop_gradient(imagined), normaliser
 

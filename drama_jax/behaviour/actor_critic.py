@@ -129,11 +129,10 @@ def loss(
     """
     _check_rollouts("behaviour.loss", config, fidelity, state, features, actions, rewards, terminations)
     # The networks see rows; taken time-major, as the rollout leaves them in memory, no row has to move.
-    rows = features.swapaxes(0, 1)
-    logits = policy_logits(config, params, state.normaliser, rows[:-1]).swapaxes(0, 1)
-    raw_values = value_logits(config, params["critic"], rows).swapaxes(0, 1)
+    logits = policy_logits(config, params, state.normaliser, features[:, :-1])
+    raw_values = value_logits(config, params["critic"], features)
     values = distributions.two_hot_decode(jax.lax.stop_gradient(raw_values))
-    slow_values = distributions.two_hot_decode(value_logits(config, state.slow_critic, rows)).T
+    slow_values = distributions.two_hot_decode(value_logits(config, state.slow_critic, features))
 
     rewards = rewards.astype(values.dtype)
     continues = 1 - terminations.astype(values.dtype)
