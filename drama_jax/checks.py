@@ -19,7 +19,7 @@ Shape = tuple["int | str | types.EllipsisType", ...]
 _KINDS = {"integer": jnp.integer, "float": jnp.floating}
 
 
-def arrays(function: str, /, sizes: Mapping[str, int] | None = None, **arguments: tuple[Any, Shape, str]) -> None:
+def arrays(function: str, sizes: Mapping[str, int] | None = None, /, **arguments: tuple[Any, Shape, str]) -> None:
     """Every argument is an array of its shape and type.
 
     Args:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from drama_jax import checks
+
 PREFIX = "sequence_model.backbone."
 
 _Layout = Callable[[np.ndarray], np.ndarray]
@@ -44,6 +46,13 @@ _MIXER: dict[str, tuple[tuple[str, ...], _Layout, _Layout]] = {
 }
 
 
+_SHAPES: dict[_Layout, checks.Shape] = {
+    _same: ("size",),
+    _transposed: ("out", "in"),
+    _conv_from_torch: ("channels", 1, "width"),
+}
+
+
 def _table(num_layers: int) -> dict[str, tuple[tuple[str, ...], _Layout, _Layout]]:
     table: dict[str, tuple[tuple[str, ...], _Layout, _Layout]] = {
         "stem.0.weight": (("stem", "kernel"), _transposed, _transposed),
@@ -75,7 +84,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], *, num_layers: int, prefix: str
       The nested dict that goes under "params".
 
     Raises:
-      ValueError: if an array is missing, or one under `prefix` is not part of the model.
+      ValueError: if an array is missing, has another number of axes, or one under `prefix` is not part of the model.
     """
     own = {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
     return _build({name: (path, load) for name, (path, load, _) in _table(num_layers).items()}, own)
@@ -98,8 +107,10 @@ def _build(table: Mapping[str, tuple[tuple[str, ...], _Layout]], arrays: Mapping
         raise ValueError(f"sequence model weights: missing {sorted(missing)}, not part of the model {sorted(unknown)}")
     tree: dict[str, Any] = {}
     for name, (path, load) in table.items():
+        array = np.asarray(arrays[name])
+        checks.arrays("sequence model weights", **{name: (array, _SHAPES[load], "any")})
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = load(np.asarray(arrays[name]))
+        node[path[-1]] = load(array)
     return tree

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from drama_jax import checks
+
 ACTOR_OFFSET = 1
 """The actor's sequence begins with the input normaliser, which holds no parameters; the critics' begin with a layer."""
 
@@ -43,7 +45,8 @@ def from_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
       Nested dictionary like `BehaviourState.params["actor"]` or `["critic"]`, kernels [in, out].
 
     Raises:
-      ValueError: if the names are not those of an actor or critic; the message lists what is missing or not known.
+      ValueError: if the names are not those of an actor or critic, or a shape does not fit; the message lists what is
+        missing or not known.
     """
     positions = [int(name.partition(".")[0]) for name in arrays if name.partition(".")[0].isdigit()]
     offset = min(positions, default=0)
@@ -52,7 +55,11 @@ def from_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     if different:
         raise ValueError(f"not the arrays of a released actor or critic: missing or not known: {', '.join(different)}")
     params: dict[str, dict[str, Any]] = {}
+    size: int | str = "in"
     for (module, array), name in mapping.items():
         value = np.asarray(arrays[name])
+        # In the order of the layers: every one takes what the one before gives.
+        checks.arrays("from_torch", **{name: (value, ("out", size) if array == "kernel" else (size,), "any")})
+        size = value.shape[0]
         params.setdefault(module, {})[array] = value.T if array == "kernel" else value
     return params

@@ -44,12 +44,12 @@ def test_torch_names_cover_the_released_agent(num_actions):
 
 @pytest.mark.parametrize("offset", [0, torch_names.ACTOR_OFFSET])
 def test_from_torch_transposes_kernels_and_finds_the_layers(offset):
-    kernel = np.arange(6.0).reshape(2, 3)
-    arrays = dict.fromkeys(torch_names.names(2, offset).values(), kernel)
-    params = torch_names.from_torch(arrays)
+    kernel, vector = np.arange(9.0).reshape(3, 3), np.arange(3.0)
+    names = torch_names.names(2, offset)
+    params = torch_names.from_torch({name: kernel if ours[1] == "kernel" else vector for ours, name in names.items()})
     assert sorted(params) == ["hidden_0", "hidden_1", "norm_0", "norm_1", "output"]
     np.testing.assert_array_equal(params["hidden_0"]["kernel"], kernel.T)
-    np.testing.assert_array_equal(params["hidden_0"]["bias"], kernel)
+    np.testing.assert_array_equal(params["hidden_0"]["bias"], vector)
 
 
 @pytest.mark.parametrize(("remove", "add"), [("2.scale", None), (None, "2.weight"), (None, "log_std")])
