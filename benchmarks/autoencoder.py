@@ -49,7 +49,7 @@ def training_rows(frames: int) -> list[dict[str, Any]]:
     rows = []
     for i, (height, channels, out) in enumerate(TRAINING):
         x, kernel = inputs(i, frames, height, channels, out)
-        functions = {"xla": plain, "pallas": gpu_convolution.conv3x3}
+        functions: dict[str, Any] = {"xla": plain, "pallas": gpu_convolution.conv3x3}
         rows += compared(f"conv_{channels}_{out}", functions, (x, kernel), channels * out, channels + out)
         if out > 64:
             continue

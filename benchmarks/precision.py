@@ -32,7 +32,8 @@ LOSSES = ("reconstruction_loss", "reward_loss", "termination_loss", "dynamics_kl
 def recorded(game: str, backend: Any, image_size: int, steps: int) -> tuple[int, dict[str, np.ndarray]]:
     """Number of actions, and `steps` steps of uniformly random play as columns of the replay."""
     environment = make_atari(game, AtariConfig(backend=backend), num_envs=1, image_size=image_size, seed=0)
-    rng, rows, observation = np.random.default_rng(0), [], environment.reset()
+    rng, observation = np.random.default_rng(0), environment.reset()
+    rows: list[tuple[Any, ...]] = []
     while len(rows) < steps:
         action = rng.integers(environment.num_actions, size=1, dtype=np.int32)
         after = environment.step(action)
@@ -107,12 +108,13 @@ def main() -> None:
     config = preset(arguments.preset).agent
     image_size = config.world_model.autoencoder.image_size
     num_actions, columns = recorded(arguments.game, arguments.backend, image_size, arguments.steps)
-    rows = []
-    for name, dtype, seed in (
+    rows: list[dict[str, Any]] = []
+    runs: list[tuple[str, Any, int]] = [
         ("float32", "float32", 0),
         ("bfloat16", "bfloat16", 0),
         ("float32, other seed", "float32", 1),
-    ):
+    ]
+    for name, dtype, seed in runs:
         losses = curves(config.with_compute_dtype(dtype), num_actions, columns, arguments.updates, seed)
         reference = rows[0]["losses"] if rows else losses
         bands = {loss: band(losses[loss], reference[loss]) for loss in LOSSES}

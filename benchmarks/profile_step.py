@@ -21,9 +21,10 @@ from drama_jax.config import PRESETS, preset
 
 PARTS = {
     # First match wins; the patterns are parts of jax's operation names, that is, of modules and named scopes.
+    "imagination: encoder": r"imagination/Encoder|imagination/Dense|conv3x3_silu",
+    "world model: our convolution kernels": r"conv3x3_",
     "sampler": r"sampler",
     "gathering windows": r"gather/",
-    "imagination: encoder": r"imagination/Encoder|imagination/Dense",
     "imagination: actor": r"imagination/.*MLP",
     "imagination: backbone": r"imagination/.*Mamba2Backbone",
     "imagination: samples and heads": r"imagination/",
@@ -43,16 +44,7 @@ PARTS = {
 def operation_names(compiled: Any) -> dict[str, str]:
     """Kernel name -> jax operation name, from the compiled program's metadata."""
     pattern = re.compile(r'%?([\w.\-]+) = .*?metadata=\{[^}]*op_name="([^"]*)"')
-    names: dict[str, str] = {}
-    seen: collections.Counter[str] = collections.Counter()
-    for name, operation in pattern.findall(compiled.as_text()):
-        names[name.replace(".", "_").replace("-", "_")] = operation
-        if ours := re.search(r"/([^/]+)/pallas_call$", operation):
-            # Kernels of one name are told apart by a suffix in the order of the program.
-            suffix = f"__{seen[ours[1]]}" if seen[ours[1]] else ""
-            names[ours[1] + suffix] = operation
-            seen[ours[1]] += 1
-    return names
+    return {name.replace(".", "_").replace("-", "_"): op for name, op in pattern.findall(compiled.as_text())}
 
 
 def operation_of(kernel: str, stats: dict[str, str], operations: dict[str, str]) -> str:

@@ -5,7 +5,8 @@
 Runs `training.loop.train` as `experiments.atari100k` does, logging and checkpoints included, for `--steps` updates.
 Rows: `first_update_s` from the start to the end of the first updates, the warm-up steps included (run it twice with
 `JAX_COMPILATION_CACHE_DIR` set for the time with a warm cache); the median step; the share of the wall clock in
-which the emulator plays, and that in which the device is idle, the latter from a profile of the last steps.
+which the emulator plays, and that in which the device is idle, the latter from a profile of some of the last steps,
+which the profiler itself slows down: an upper bound.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def measure(config: RunConfig, game: str, folder: pathlib.Path) -> dict[str, Any
         "steps_per_s": 1 / float(begins.mean()),
         "p95_ms": 1e3 * float(np.quantile(begins, 0.95)),
         "emulator_share": float(played.sum() / begins.sum()),
-        "device_idle_share": None if busy is None else 1 - busy,
+        "device_idle_share_traced": None if busy is None else 1 - busy,
         "peak_device_bytes": stats.get("peak_bytes_in_use"),
         "updates": config.steps - warmup,
     }

@@ -79,7 +79,9 @@ def conv_silu(x: jax.Array, kernel: jax.Array, bias: jax.Array, layout: Layout) 
     padded = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % 16)))
     if gpu_convolution.available() and gpu_convolution.serves(padded, kernel.shape[-1]) and layout != "pixels":
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, -x.shape[-1] % 16), (0, 0)))
-        return gpu_convolution.conv3x3(padded, kernel, bias, silu=True, to_phases=layout == "phases")
+        return gpu_convolution.conv3x3(
+            padded, kernel, bias, silu=True, to_phases=layout == "phases", name="conv3x3_silu"
+        )
     y = nn.silu(conv3x3(x, kernel).astype(bias.dtype) + bias).astype(x.dtype)
     return rearrange(y, layout)
 

@@ -68,6 +68,7 @@ def conv3x3(
     silu: bool = False,
     to_phases: bool = False,
     interpret: bool = False,
+    name: str = "conv3x3",
 ) -> jax.Array:
     """3x3 convolution with zero padding, and what follows it.
 
@@ -78,6 +79,7 @@ def conv3x3(
       silu: end with SiLU, to about 11 bits on a GPU.
       to_phases: write pixels as phases of 2x2 cells (`nn.space_to_depth` of the result).
       interpret: run without a GPU, slowly.
+      name: what profiles call the kernel, before its channels.
 
     Returns:
       [N, h, w, O], or [N, h/2, w/2, 4 O] if `to_phases`, in the dtype of `x`.
@@ -99,7 +101,7 @@ def conv3x3(
 
     bias = jnp.zeros((out_channels,), jnp.float32) if bias is None else bias.astype(jnp.float32)
     run = _walk if channels <= 64 else _block
-    y = run(x, kernel, bias, end, to_phases, interpret)
+    y = run(x, kernel, bias, end, to_phases, interpret, f"{name}_{channels}_{out_channels}")
     if to_phases:
         return y.reshape(images, height // 2, width // 2, 4 * out_channels)
     return y.reshape(images, height, width, out_channels)
@@ -114,7 +116,9 @@ def _silu(y: jax.Array, interpret: bool) -> jax.Array:
 End = Callable[[jax.Array], jax.Array]
 
 
-def _walk(x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases: bool, interpret: bool) -> jax.Array:
+def _walk(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases: bool, interpret: bool, name: str
+) -> jax.Array:
     """All images, from the top row to the bottom; flat output."""
     images, height, width, channels = x.shape
     positions = max(32 if channels == 16 else POSITIONS, width)
@@ -128,7 +132,7 @@ def _walk(x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases:
         (groups * strips,),
         jax.ShapeDtypeStruct((x.size // channels * kernel.shape[-1],), x.dtype),
         (x, weights, bias),
-        name=f"conv3x3_walk_{channels}_{kernel.shape[-1]}",
+        name=name,
         interpret=interpret,
     )
 
@@ -167,7 +171,9 @@ def _walk_program(
     jax.lax.fori_loop(0, rows + 2, step, (zeros, zeros))
 
 
-def _block(x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases: bool, interpret: bool) -> jax.Array:
+def _block(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases: bool, interpret: bool, name: str
+) -> jax.Array:
     """All images, `ROWS_HELD` rows at a time; flat output."""
     images, height, width, channels = x.shape
     depth = DEPTH if channels % DEPTH == 0 else 16
@@ -178,7 +184,7 @@ def _block(x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases
         (pl.cdiv(images, POSITIONS // width) * (height // ROWS_HELD),),
         jax.ShapeDtypeStruct((x.size // channels * kernel.shape[-1],), x.dtype),
         (x, weights, bias),
-        name=f"conv3x3_block_{channels}_{kernel.shape[-1]}",
+        name=name,
         interpret=interpret,
     )
 
@@ -251,7 +257,7 @@ def _gradient_program(x_ref: Any, gradient_ref: Any, out_ref: Any, *, cells: _Ce
         image, column = cells.place(program * groups + group)
         cell = (image * cells.height + row) * cells.width + column
 
-        def load(ref: Any, offset: jax.Array, entry: jax.Array, inside: jax.Array) -> jax.Array:
+        def load(ref: Any, offset: int, entry: jax.Array, inside: jax.Array) -> jax.Array:
             mask = jnp.broadcast_to(inside[:, None], (column.shape[0], entry.shape[0]))
             index = ((cell + offset) * entry.shape[0])[:, None] + entry[None, :]
             return pltriton.load(ref.at[index], mask=mask, other=0.0)
