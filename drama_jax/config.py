@@ -144,6 +144,9 @@ class AutoencoderConfig:
         _fraction(self, "unimix")
         _require(len(self.depths) >= 2, f"AutoencoderConfig.depths needs at least two entries, got {self.depths}")
         _require(min(self.depths) > 0, f"AutoencoderConfig.depths must be positive, got {self.depths}")
+        size = self.latent_size
+        _require(size <= _LARGEST, f"AutoencoderConfig.categoricals * classes must be <= {_LARGEST}, got {size}")
+        _require(len(self.depths) <= 16, f"AutoencoderConfig.depths needs at most 16 entries, got {len(self.depths)}")
         factor = 2 ** (len(self.depths) - 1)
         _require(
             self.image_size % factor == 0,
@@ -188,7 +191,10 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _positive(self, "width", "num_layers", "expand", "head_dim", "state_dim", "conv_width", "chunk_size")
-        _at_most(self, _MOST_LAYERS, "num_layers")
+        _at_most(self, _MOST_LAYERS, "num_layers", "conv_width")
+        _require(
+            self.inner_width <= _LARGEST, f"BackboneConfig.width * expand must be <= {_LARGEST}, got {self.inner_width}"
+        )
         _require(
             self.inner_width % self.head_dim == 0,
             f"BackboneConfig.head_dim must divide expand * width = {self.inner_width}, got {self.head_dim}",

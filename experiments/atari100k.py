@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 
-from drama_jax import replay
 from drama_jax.config import AgentConfig, ConfigError, RunConfig
 from drama_jax.envs import Env, make_atari
 from drama_jax.envs.base import EmulatorError
@@ -76,6 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: the device has not enough memory ({' '.join(str(error).split())[:200]}); lower the batch sizes or "
+            f"--agent.replay.capacity",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -251,28 +259,59 @@ def make_environment(game: str, config: RunConfig, *, num_envs: int, evaluation:
 
 
 def check_memory(config: AgentConfig, stats: dict[str, int] | None) -> None:
-    """Raises a ConfigError if the replay alone does not fit the device.
+    """Raises a ConfigError if what must be in memory at once does not fit the device.
 
     Args:
       config: The agent's configuration.
-      stats: The device's memory statistics; None where it keeps none, as on a CPU.
+      stats: The device's memory statistics; None where it keeps none, as on a CPU, whose memory is the machine's.
     """
-    if not stats or "bytes_limit" not in stats:
+    try:
+        needed = memory_needed(config)
+    except ConfigError as error:
+        raise ConfigError(command_line.with_flags(str(error))) from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"--agent: arrays of these sizes cannot be made ({' '.join(str(error).split())})") from error
+    if stats and "bytes_limit" in stats:
+        free, where = stats["bytes_limit"] - stats.get("bytes_in_use", 0), "device memory"
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        free, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory"
+    else:
         return
-    shapes = jax.eval_shape(lambda: replay.init(config.replay, config.world_model.autoencoder.image_shape))
-    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if needed > free:
+    total = sum(needed.values())
+    if total > free:
+        flag = max(needed, key=lambda name: needed[name])
         raise ConfigError(
-            f"--agent.replay.capacity {config.replay.capacity}: the replay needs {needed:,} bytes of device memory and "
-            f"{free:,} are free; lower it, or free memory on the device"
+            f"{flag}: needs {needed[flag]:,} of {total:,} bytes of {where}, but {free:,} are free; lower it"
         )
+
+
+def memory_needed(config: AgentConfig) -> dict[str, int]:
+    """Flag -> bytes that it makes the agent take; less than in truth, as activations are left out."""
+
+    def size(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    state = loop.shapes(config, num_actions=18)
+    wm, im = config.world_model, config.imagination
+    frame = math.prod(wm.autoencoder.image_shape)
+    return {
+        f"--agent.replay.capacity {config.replay.capacity}": size(state.replay),
+        "--agent.world-model (sizes)": size(state.world_model),
+        "--agent.behaviour (sizes)": size(state.behaviour),
+        f"--agent.acting-context {config.acting_context}": config.acting_context * frame,
+        f"--agent.world-model.batch-size {wm.batch_size}": wm.batch_size * wm.batch_length * frame,
+        f"--agent.imagination.horizon {im.horizon}": im.batch_size * (im.horizon + 1) * wm.feature_size * 2,
+    }
 
 
 def keep_compiled_programs(directory: pathlib.Path | None) -> None:
     """Lets JAX keep compiled programs in `directory`, so that the next run starts at once; None leaves JAX as it is."""
     if directory is not None and str(directory).lower() != "none":
-        jax.config.update("jax_compilation_cache_dir", str(directory.expanduser()))
+        try:
+            path = directory.expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"--compilation-cache {directory}: {error}") from error
+        jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def make_deterministic() -> None:

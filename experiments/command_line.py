@@ -110,7 +110,11 @@ def _chosen_preset(arguments: Sequence[str]) -> str:
 
 def _defaults(kind: type[Any], base: RunConfig) -> Any:
     """The preset's values, as the defaults of the flags."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drama_jax"
+    cache: pathlib.Path | None
+    try:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drama_jax"
+    except RuntimeError:  # a user without a home
+        cache = None
     values = {
         "game": tyro.MISSING,
         "preset": "xs",
@@ -193,11 +197,13 @@ def _plain(error: str, arguments: Sequence[str]) -> str:
 def with_flags(message: str) -> str:
     """Names the flag where a message names a field of the configuration."""
     message = message.replace("RunConfig.", "")
+    message = re.sub("^compute_dtype", "--agent.world-model.compute-dtype or --agent.behaviour.compute-dtype", message)
     if message.startswith("Missing from") and "--game" in message:
         return "--game is missing; name an Atari game, for example --game Breakout"
     message = message.replace("ReplayConfig.", "agent.replay.").replace(
         "raise warmup_steps", "raise --agent.warmup-steps"
     )
+    message = re.sub("^image_size ", "--agent.world-model.autoencoder.image-size ", message)
     field = re.match(r"(?:Error parsing (?P<group>[\w.-]+): )?(?P<owner>[\w.]+)\.(?P<name>\w+)", message)
     if field:
         # A group's own checks name its class; a check across groups names another one.

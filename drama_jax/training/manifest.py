@@ -63,7 +63,7 @@ def read(directory: pathlib.Path) -> Manifest:
             return _checked(Manifest(**content))
     except FileNotFoundError:
         raise Invalid(f"{NAME} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Invalid(f"{NAME} is damaged ({type(error).__name__}: {error})") from error
     if isinstance(version, int) and version > FORMAT:
         raise Invalid(f"{NAME} has format {version} of a newer drama_jax; this one reads {FORMAT}: update drama_jax")

@@ -94,7 +94,7 @@ class ReplayLog:
     def remove_except(self, needed: set[str]) -> None:
         """Removes the segments whose names are not in `needed`."""
         for path in (self._run / _FOLDER).glob("*"):
-            if f"{_FOLDER}/{path.name}" not in needed:
+            if f"{_FOLDER}/{path.name}" not in needed and not path.is_dir():
                 path.unlink(missing_ok=True)
 
 

@@ -75,7 +75,7 @@ def finished(directory: pathlib.Path, steps: int) -> bool:
     """Whether the run has its scores, after at least `steps` steps."""
     try:
         reached = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return isinstance(reached, int) and reached >= steps
 
@@ -117,10 +117,13 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content["config"], dict) or not isinstance(content["id"], str):
             raise TypeError("config or id is of the wrong type")
-        content["game"], content["preset"]
+        if not isinstance(content["game"], str) or not isinstance(content["preset"], str):
+            raise TypeError("game or preset is of the wrong type")
+        if not isinstance(content.get("continued", []), list):
+            raise TypeError("continued is of the wrong type")
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror})") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} was not written by this version of drama_jax ({type(error).__name__}: {error}); --no-resume "
             f"starts a new run"
@@ -179,7 +182,7 @@ def _is_kept(line: bytes, step: int, scored: bool) -> bool:
         return line.endswith(b"\n") and (
             values["step"] < step or (values["step"] == step and (scored or not evaluated))
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False  # cut off in the middle
 
 

@@ -38,7 +38,12 @@ _PACKAGES = ("drama_jax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "or
 
 def check(logdir: pathlib.Path) -> None:
     """Raises a ConfigError if a run directory cannot be created below `logdir`; creates nothing."""
-    existing = next(path for path in (logdir, *logdir.absolute().parents) if path.exists())
+    if "\0" in str(logdir):
+        raise ConfigError(f"--logdir {str(logdir)!r}: a path has no zero bytes; name a directory")
+    try:
+        existing = next(path for path in (logdir, *logdir.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"--logdir {str(logdir)[:80]}: {error.strerror}") from error
     if not existing.is_dir():
         raise ConfigError(f"--logdir {logdir}: {existing} is a file; name a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -118,16 +123,25 @@ def load_config(directory: pathlib.Path) -> tuple[str, RunConfig]:
     path = directory / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content["game"], _from_dict(RunConfig, content["config"])
+        game, values = content["game"], content["config"]
+        if not isinstance(game, str):
+            raise TypeError(f"game is {game!r}")
+        return game, _from_dict(RunConfig, values)
     except OSError as error:
         raise ConfigError(f"{directory} is no run directory: cannot read {path} ({error.strerror})") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} was not written by this version of drama_jax: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ConfigError) else error
+        raise ConfigError(f"{path} was not written by this version of drama_jax ({reason})") from error
 
 
 def _from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
     """The inverse of `dataclasses.asdict` after a trip through JSON, where tuples have become lists."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
     types = typing.get_type_hints(kind)
+    different = types.keys() ^ values.keys()
+    if different:
+        raise KeyError(f"{kind.__name__}: {', '.join(sorted(map(str, different)))}")
 
     def build(name: str, value: Any) -> Any:
         if dataclasses.is_dataclass(types[name]):
