@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from drama_jax import checks
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, files, manifest, orbax_arrays, replay_log
 from drama_jax.training.manifest import Invalid
@@ -205,14 +206,17 @@ def load_weights(path: pathlib.Path | str, step: int | None = None) -> dict[str,
 
     Raises:
       ConfigError: if there is no such checkpoint, or it is damaged.
+      TypeError: if `path` is no path or `step` no integer.
     """
-    saved = orbax_arrays.read(_find(pathlib.Path(path), step) / _AGENT)
+    saved = orbax_arrays.read(_find(path, step) / _AGENT)
     agent = {name.removeprefix("agent/"): array for name, array in saved.items()}
     return arrays.nest({name: array for name, array in agent.items() if name.startswith(_WEIGHTS)})
 
 
-def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
+def _find(path: pathlib.Path | str, step: int | None) -> pathlib.Path:
     """The directory of a verified checkpoint."""
+    checks.instances("checkpoint", path=(path, (str, pathlib.Path)), step=(step, (int, type(None))))
+    path = pathlib.Path(path)
     if (path / manifest.NAME).exists() or (path / _AGENT).exists():
         candidates = [path]
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from drama_jax import agent
+from drama_jax import agent, checks
 from drama_jax.envs.base import Env, attempt
 
 
@@ -23,6 +23,8 @@ def _act(state: Any, acting: Any, frames: jax.Array, key: jax.Array, step: int, 
 
 def episodes_per_environment(episodes: int, num_envs: int) -> list[int]:
     """`episodes` dealt out to `num_envs` environments, the numbers differing by at most one."""
+    checks.integers("evaluation", 0, episodes=episodes)
+    checks.integers("evaluation", num_envs=num_envs)
     each, rest = divmod(episodes, num_envs)
     return [each + (index < rest) for index in range(num_envs)]
 
@@ -52,6 +54,7 @@ def evaluate(
     Raises:
       EmulatorError: an emulator failed.
     """
+    checks.key("evaluation", key)
     quota = episodes_per_environment(episodes, environment.num_envs)
     finished: list[list[float]] = [[] for _ in quota]
     returns = np.zeros(environment.num_envs)

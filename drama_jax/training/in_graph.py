@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import agent
+from drama_jax import agent, checks
 from drama_jax.agent import Acting, AgentState, Metrics
 from drama_jax.config import AgentConfig, ConfigError
 from drama_jax.envs.jax_env import JaxEnv, JaxEnvState
@@ -40,7 +40,6 @@ class History:
     returns: jax.Array  # [steps] float32, undiscounted return up to and including the step
 
 
-@functools.partial(jax.jit, static_argnames=("config", "env", "steps"))
 def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tuple[AgentState, History, Metrics]:
     """Trains an agent from scratch.
 
@@ -59,9 +58,17 @@ def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tupl
     Raises:
       ConfigError: if the agent's frames are not the environment's.
     """
+    checks.instances("in_graph.run", config=(config, AgentConfig), env=(env, JaxEnv))
+    checks.integers("in_graph.run", 0, steps=steps)
+    checks.key("in_graph.run", key)
     expected = config.world_model.autoencoder.image_shape
     if env.image_shape != expected:
         raise ConfigError(f"the agent sees frames of shape {expected}, but the environment shows {env.image_shape}")
+    return _run(config, env, key, steps=steps)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "env", "steps"))
+def _run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tuple[AgentState, History, Metrics]:
     key, agent_key, env_key = jax.random.split(key, 3)
     state = agent.init(agent_key, config, env.num_actions)
     loop = Loop(

@@ -6,11 +6,14 @@ import csv
 import functools
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
+
+from drama_jax import checks
 
 
 @functools.cache
@@ -27,6 +30,8 @@ def table() -> Mapping[str, Mapping[str, float]]:
 
 def human_normalised(game: str, score: float) -> float | None:
     """(score - random) / (human - random); None for a game without reference scores."""
+    checks.instances("human_normalised", game=(game, str))
+    checks.numbers("human_normalised", -sys.float_info.max, sys.float_info.max, score=score)
     references = table().get(game)
     if references is None:
         return None
@@ -35,6 +40,7 @@ def human_normalised(game: str, score: float) -> float | None:
 
 def summary(game: str, returns: Sequence[float]) -> dict[str, Any]:
     """Per-episode returns (undiscounted raw sums over whole games) with their mean and human-normalised mean."""
+    _check(game, returns)
     mean = float(np.mean(returns)) if returns else None
     return {
         "evaluation_returns": [float(value) for value in returns],
@@ -52,6 +58,7 @@ def write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 def format_table(game: str, returns: Sequence[float]) -> str:
     """The score table for the terminal: random play, a human, published Drama where verified, and this run."""
+    _check(game, returns)
     references = table().get(game, {})
     rows: list[tuple[str, float | None]] = [
         ("random", references.get("random")),
@@ -69,3 +76,9 @@ def format_table(game: str, returns: Sequence[float]) -> str:
         spread = f"{len(returns)} episodes, lowest {min(returns):,.0f}, highest {max(returns):,.0f}"
         lines.append(f"{'':<22}{spread:>32}")
     return "\n".join(lines)
+
+
+def _check(game: str, returns: Sequence[float]) -> None:
+    checks.instances("scores", game=(game, str), returns=(returns, (list, tuple)))
+    for index, value in enumerate(returns):
+        checks.numbers("scores", -sys.float_info.max, sys.float_info.max, **{f"returns[{index}]": value})
