@@ -151,7 +151,7 @@ def rewritten(text: str) -> str:
         source = ", ".join(f"`{result['commit']}`" for result in results[:1])
         body = f"<!-- {name} -->\n{made}\n\nMeasured at {source}.\n<!-- end -->"
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
-        text = pattern.sub(lambda _, body=body: body, text)
+        text = pattern.sub(body.replace("\\", r"\\"), text)
     return text
 
 

@@ -426,11 +426,14 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     steps: int = 100_000
     """Agent steps (100,000 steps = 400,000 frames)."""
+    max_skipped_updates: int = 50
+    """Updates in a row that may be skipped because loss or gradient was not finite before the run stops."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
         _require(self.steps >= 0, f"steps must be >= 0, got {self.steps}")
+        _positive(self, "max_skipped_updates")
         # Environments add small numbers to it, for int32 seeds of their own.
         _require(0 <= self.seed <= 2_000_000_000, f"seed must lie in [0, 2000000000], got {self.seed}")
         _require(

@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, config = command_line.parse(arguments, _PROGRAM)
         if options.deterministic:
             make_deterministic()
+        jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
             directory, finished = run(options, config, stop)
         if not finished:
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    options: command_line.Options, config: RunConfig, stop: Callable[[], bool] = lambda: False
+    options: command_line.AllOptions, config: RunConfig, stop: Callable[[], bool] = lambda: False
 ) -> tuple[pathlib.Path, bool]:
     """Trains and evaluates, or goes on with that. Everything is checked before a run directory is created.
 
@@ -117,7 +118,7 @@ def run(
                 state = resume.restored_state(
                     this.directory, config, environment.num_actions, this.snapshot, this.segments
                 )
-            training, unsaved = train(this, environment, state, train_key, stop)
+            training, unsaved = train(this, environment, state, train_key, stop, check=options.check)
             del state
         if training.fault is not None:
             raise Failed(
@@ -159,7 +160,7 @@ def prepare(options: command_line.Options, game: str, config: RunConfig, stack: 
 
 
 def train(
-    this: Run, environment: Env, state: Any, key: jax.Array, stop: Callable[[], bool]
+    this: Run, environment: Env, state: Any, key: jax.Array, stop: Callable[[], bool], *, check: bool
 ) -> tuple[loop.Training, str | None]:
     """The training run with its files and its progress bar, and why its last checkpoint could not be saved, if so."""
     config = this.config
@@ -185,6 +186,7 @@ def train(
             snapshot=this.snapshot,
             stop=stop,
             on_measured=on_measured,
+            check=check,
         )
         return training, checkpoints.error
 

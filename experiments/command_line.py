@@ -62,9 +62,15 @@ class AllOptions(Options):
     atari: AtariConfig
     evaluation: EvaluationConfig
     logging: LoggingConfig
+    max_skipped_updates: int
+    """Stop after so many updates in a row whose loss or gradient was not finite; each is skipped and counted."""
+    debug_nans: bool
+    """For developers: stop with a traceback where the first NaN is made (jax_debug_nans); slow."""
+    check: bool
+    """For developers: check the agent's invariants after every step (chex); slow."""
 
 
-def parse(arguments: Sequence[str], program: str) -> tuple[Options, RunConfig]:
+def parse(arguments: Sequence[str], program: str) -> tuple[AllOptions, RunConfig]:
     """The options and the resolved configuration: the preset, then dotted flags, then plain flags.
 
     Raises:
@@ -131,6 +137,9 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
         "atari": base.atari,
         "evaluation": base.evaluation,
         "logging": base.logging,
+        "max_skipped_updates": base.max_skipped_updates,
+        "debug_nans": False,
+        "check": False,
     }
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
@@ -156,7 +165,15 @@ def _resolve(options: AllOptions, base: RunConfig) -> RunConfig:
         atari = dataclasses.replace(atari, backend=options.env_backend)
     if options.eval_episodes != base.evaluation.episodes:
         evaluation = dataclasses.replace(evaluation, episodes=options.eval_episodes)
-    return RunConfig(agent, atari, evaluation, options.logging, steps=options.steps, seed=options.seed)
+    return RunConfig(
+        agent,
+        atari,
+        evaluation,
+        options.logging,
+        steps=options.steps,
+        max_skipped_updates=options.max_skipped_updates,
+        seed=options.seed,
+    )
 
 
 def _one_line(box: str) -> str:

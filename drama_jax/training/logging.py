@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drama_jax.config import LoggingConfig
+from drama_jax.training import files
 from drama_jax.training.tensorboard import Board
 
 
@@ -101,6 +102,15 @@ class Writer:
             Image.fromarray(image).save(path)
             if self._board is not None:
                 self._board.image(step, tag, image)
+
+    def arrays(self, step: int, name: str, arrays: Mapping[str, np.ndarray]) -> pathlib.Path | None:
+        """Writes `arrays` to <name>-<step>.npz and returns the path; None if it cannot be written."""
+        written: list[pathlib.Path] = []
+        with self._tolerant():
+            path = self._directory / f"{name}-{step:07d}.npz"
+            files.write(path, files.pack(arrays))
+            written.append(path)
+        return written[0] if written else None
 
     def close(self) -> None:
         """Flushes and closes the files."""

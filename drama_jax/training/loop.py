@@ -21,7 +21,7 @@ import numpy as np
 from drama_jax import agent, replay
 from drama_jax.config import AgentConfig, RunConfig
 from drama_jax.envs.base import EmulatorError, Env, Observation, attempt
-from drama_jax.training import images
+from drama_jax.training import images, watch
 from drama_jax.training.checkpoint import Checkpoints, Snapshot
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.loop_state import LoopState, Pending
@@ -47,7 +47,7 @@ class Training:
     stopped: int | None = None
     """The agent step at which `stop` ended it; None if it was trained to its end."""
     fault: str | None = None
-    """Why the emulator failed and ended the training; None if it did not."""
+    """What ended the training early, other than `stop`: a failing emulator, updates that are not finite; else None."""
 
 
 def _transition(*arrays: jax.Array) -> replay.Transition:
@@ -95,6 +95,7 @@ def train(
     snapshot: Snapshot | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_measured: Callable[[float, int], str | None] = lambda seconds, steps_left: None,
+    check: bool = False,
 ) -> Training:
     """Trains until `config.steps` agent steps are done.
 
@@ -113,8 +114,9 @@ def train(
       stop: Asked after every step; True saves and ends the training.
       on_measured: Called once with (seconds per step, steps left) after the first measured updates; what it returns is
         shown to the user.
+      check: Check the agent's invariants after every step, slowly (AssertionError).
     """
-    loop = _Loop(config, environment, state, key, writer, progress, checkpoints, stop, on_measured)
+    loop = _Loop(config, environment, state, key, writer, progress, checkpoints, stop, on_measured, check)
     return loop.run(snapshot)
 
 
@@ -132,10 +134,11 @@ class _Loop:
         checkpoints: Checkpoints | None,
         stop: Callable[[], bool],
         on_measured: Callable[[float, int], str | None],
+        check: bool,
     ) -> None:
         self.config, self.environment, self.state = config, environment, state
         self.writer, self.progress, self.checkpoints = writer, progress, checkpoints
-        self.stop, self.on_measured = stop, on_measured
+        self.stop, self.on_measured, self.check = stop, on_measured, check
         self.now = LoopState.fresh(key, agent.initial_acting(state, 1))
         self.unmeasured = 0  # of the seconds per step, how many are of earlier parts of the run
         self.start = time.perf_counter()
@@ -166,6 +169,8 @@ class _Loop:
         except EmulatorError as error:
             fault = f"the emulator failed in step {done}: {error}"
             self.now.acting = acting  # the step will be taken again
+        except watch.NotFiniteError as error:
+            fault = f"{error}{self.keep_batch(done)}"
         if self.checkpoints is not None:
             if done > first and (stopped is not None or fault is not None):
                 self.save(self.checkpoints, done)
@@ -224,6 +229,8 @@ class _Loop:
             self.state, metrics = update(self.state, *transition)
             self.now.metrics.add(metrics)
         self.now.fed += 1
+        if self.check:
+            watch.check_invariants(self.state, self.now.fed)
 
     def end_episode(self, steps_done: int) -> None:
         """Logs the episode that has just ended."""
@@ -247,10 +254,17 @@ class _Loop:
             then, step_then = self.interval_start
             self.interval_start = now, steps_done
             self.writer.scalars(steps_done, {**values, "charts/SPS": (steps_done - step_then) / (now - then)})
+            watch.check_skipped(values["guard/skipped_in_a_row"], self.config.max_skipped_updates)
         if (end or steps_done % logging.images_every == 0) and self.now.fed > self.config.agent.warmup_steps:
             images.log(self.writer, steps_done, self.state, jax.random.fold_in(self.now.image_key, steps_done))
         if (end or steps_done % logging.checkpoint_every == 0) and self.checkpoints is not None:
             self.save(self.checkpoints, steps_done)
+
+    def keep_batch(self, steps_done: int) -> str:
+        """Writes the batch of the last skipped world-model update; returns where it is, to be appended to a message."""
+        batch = watch.skipped_batch(self.state)
+        path = None if batch is None else self.writer.arrays(steps_done, "not-finite", batch)
+        return "" if path is None else f"; their last batch is in {path}"
 
     def estimate(self, steps_done: int) -> None:
         """Reports the speed once, after `_MEASURED_UPDATES` updates that compiled nothing."""

@@ -18,7 +18,7 @@ from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
 from drama_jax.training.run_directory import CONFIG
 
-_MAY_CHANGE = ("steps", "evaluation/", "logging/")
+_MAY_CHANGE = ("steps", "max_skipped_updates", "evaluation/", "logging/")
 _CUT = "metrics-cut.jsonl"
 
 
