@@ -90,7 +90,9 @@ def instances(function: str, /, **arguments: tuple[Any, type | tuple[type, ...]]
     """
     for name, (value, kind) in arguments.items():
         if not isinstance(value, kind):
-            wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            wanted = " or ".join(
+                "None" if one is type(None) else one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))
+            )
             raise TypeError(f"{function}: {name} must be of type {wanted}, got {_show(value)}")
 
 
