@@ -38,10 +38,11 @@ FULL = 264
 
 
 def available() -> bool:
-    """Whether the kernels run here: a GPU with Hopper's shared memory, on which they were measured."""
+    """Whether the kernels run here: on a Hopper GPU, where they were measured and whose shared memory they count on."""
     if jax.default_backend() != "gpu":
         return False
-    return float(getattr(jax.local_devices()[0], "compute_capability", 0)) >= 9
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return capability.partition(".")[0] == "9"
 
 
 def serves(x: jax.Array, out_channels: int) -> bool:

@@ -1,5 +1,7 @@
 """The GPU convolutions: interpreted against XLA, and their lowering for CUDA."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from drama_jax import nn
+from drama_jax.nn import gpu_convolution
 from drama_jax.nn.convolution import conv3x3
 from drama_jax.nn.gpu_convolution import conv3x3 as gpu_conv3x3
 from drama_jax.nn.gpu_convolution import kernel_gradient
@@ -87,3 +90,20 @@ def test_lowers_for_cuda(shape):
 def test_kernel_gradient_lowers_for_cuda():
     x, kernel, _ = inputs((8, 32, 32, 64, 32), jnp.bfloat16)
     assert "triton" in lower_for_cuda(kernel_gradient, x, conv3x3(x, kernel))
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "expected"),
+    [
+        ("cpu", None, False),
+        ("gpu", "9.0", True),
+        ("gpu", "8.0", False),
+        ("gpu", "12.0", False),
+        ("gpu", "gfx942", False),
+    ],
+)
+def test_only_hopper_gpus_use_the_kernels(monkeypatch, backend, capability, expected):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert gpu_convolution.available() == expected
