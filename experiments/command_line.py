@@ -202,9 +202,10 @@ def _plain(error: str, arguments: Sequence[str]) -> str:
     """An error of tyro's with the flag in front, what was given and what is accepted."""
     for theirs, ours in _WORDS:
         error = re.sub(rf"^{theirs}$", ours, error)
-    unknown = re.match(r"Unrecognized options: (.*?)(, .*)?; ", error)
-    if unknown and unknown[1] and not unknown[1].startswith("-"):
-        place = next((i for i, given in enumerate(arguments) if f"={given}".endswith(f"={unknown[1]}")), 0)
+    unknown = re.match(r"Unrecognized options: ?(.*?)(, .*)?; ", error)
+    if unknown and not re.match("--?[A-Za-z]", unknown[1]):
+        shown = [" ".join(f"={given}".split()) for given in arguments]
+        place = next((i for i, given in enumerate(shown) if given.endswith(f"={unknown[1]}")), -1)
         flag = next((given for given in reversed(arguments[: place + 1]) if given.startswith("--")), None)
         if flag:
             error = f"{flag.partition('=')[0]}: {unknown[1]!r} is one value too many; see --help-all"

@@ -30,6 +30,8 @@ State = TypeVar("State")
 FOLDER = "checkpoints"
 _AGENT, _LOOP = "agent", "loop.npz"
 _KEPT = 2
+# What readers raise where the digests are right and the content is not.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 # What the model is; all else under agent/ serves its training.
 _WEIGHTS = ("world_model/params/", "world_model/batch_stats/", "behaviour/params/", "behaviour/normaliser/")
 
@@ -189,7 +191,7 @@ def restore(directory: pathlib.Path, state: State, step: int | None = None) -> S
       ConfigError: if there is no such checkpoint, or it is damaged or of another configuration.
     """
     template = dataclasses.replace(state, replay=None)  # type: ignore[type-var]
-    saved = orbax_arrays.read(_find(directory, step) / _AGENT)
+    saved = _arrays(_find(directory, step))
     restored = arrays.from_host(template, saved, "agent/")
     return dataclasses.replace(restored, replay=state.replay)  # type: ignore[attr-defined, no-any-return]
 
@@ -208,9 +210,16 @@ def load_weights(path: pathlib.Path | str, step: int | None = None) -> dict[str,
       ConfigError: if there is no such checkpoint, or it is damaged.
       TypeError: if `path` is no path or `step` no integer.
     """
-    saved = orbax_arrays.read(_find(path, step) / _AGENT)
+    saved = _arrays(_find(path, step))
     agent = {name.removeprefix("agent/"): array for name, array in saved.items()}
     return arrays.nest({name: array for name, array in agent.items() if name.startswith(_WEIGHTS)})
+
+
+def _arrays(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        return orbax_arrays.read(directory / _AGENT)
+    except _UNREADABLE as error:
+        raise ConfigError(f"{directory / _AGENT} cannot be read ({_reason(error)})") from error
 
 
 def _find(path: pathlib.Path | str, step: int | None) -> pathlib.Path:
@@ -255,7 +264,7 @@ def _read(directory: pathlib.Path, found: manifest.Manifest) -> Snapshot:
         host = files.unpack(directory / _LOOP)
         header = json.loads(host.pop("header").tobytes())
         return Snapshot(found.step, found.end, orbax_arrays.read(directory / _AGENT), header, host)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise Invalid(f"cannot be read ({_reason(error)})") from error
 
 

@@ -90,7 +90,7 @@ def verify(directory: pathlib.Path, run: pathlib.Path | None = None, identity: s
         _compare(directory, manifest.files)
         for name in _names(directory):
             if name not in manifest.files:
-                raise Invalid(f"{name} does not belong to it")
+                raise Invalid(f"{name if name.isprintable() else repr(name)} does not belong to it")
         if run is not None:
             _compare(run, manifest.segments)
     except OSError as error:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from drama_jax import checks
+from drama_jax.config import ConfigError
 from drama_jax.replay import Replay
 from drama_jax.training import files
 
@@ -119,14 +121,29 @@ def with_rows(run: pathlib.Path, segments: list[Segment], end: int, replay: Any,
       end: How many steps the replay had been given.
       replay: The replay `without_rows`, restored.
       like: Shapes and types of the rows; may hold `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ConfigError: a segment cannot be read, or its rows are not those of this configuration.
     """
     ring = {name: np.zeros(getattr(like, name).shape, getattr(like, name).dtype) for name in Row._fields}
     capacity = ring["actions"].shape[0]
     for segment in segments:
-        rows = files.unpack(run / segment.name)
+        rows = _rows(run, segment, ring)
         oldest = max(segment.start, end - capacity)
         slots = np.arange(oldest, segment.stop) % capacity
         for name, array in ring.items():
             array[slots] = rows[name][oldest - segment.start :]
     # One array after the other, so that host and device together hold the frames once and a little.
     return dataclasses.replace(replay, **{name: jnp.array(ring.pop(name)) for name in Row._fields})
+
+
+def _rows(run: pathlib.Path, segment: Segment, ring: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of a segment, which fit the ring."""
+    try:
+        rows = files.unpack(run / segment.name)
+        for name, array in ring.items():
+            shape = (segment.stop - segment.start, *array.shape[1:])
+            checks.arrays("rows", **{name: (rows[name], shape, str(array.dtype))})
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{run / segment.name} cannot be used ({type(error).__name__}: {error})") from error
+    return rows
