@@ -6,6 +6,7 @@ Strict dtype promotion is on for the whole session: library code has to cast exp
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -24,7 +25,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
 
 
+# The longest files, longest first: begun early, they do not leave one of two processes waiting at the end.
+LONG = ("training/test_prediction.py", "learning/", "faults/")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(pathlib.Path(__file__).parent).as_posix()
+        return next((i for i, start in enumerate(LONG) if path.startswith(start)), len(LONG))
+
+    items.sort(key=rank)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -32,6 +42,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+MOST_BYTES = 2.5e9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Forgets compiled programs after a file that leaves the process with more than `MOST_BYTES`."""
+    yield
+    statm = pathlib.Path("/proc/self/statm")  # there on Linux
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
+        jax.clear_caches()
 
 
 @functools.cache
