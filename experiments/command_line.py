@@ -198,18 +198,23 @@ _WORDS = (
 )
 
 
+def _letters(text: str) -> str:
+    """What of a text is sure to survive tyro's boxes, which wrap long words and drop control characters."""
+    return "".join(filter(str.isalnum, text))
+
+
 def _plain(error: str, arguments: Sequence[str]) -> str:
     """An error of tyro's with the flag in front, what was given and what is accepted."""
     for theirs, ours in _WORDS:
         error = re.sub(rf"^{theirs}$", ours, error)
     unknown = re.match(r"Unrecognized options: ?(.*?)(, .*)?; ", error)
     if unknown and not re.match("--?[A-Za-z]", unknown[1]):
-        shown = [" ".join(f"={given}".split()) for given in arguments]
-        place = next((i for i, given in enumerate(shown) if given.endswith(f"={unknown[1]}")), -1)
+        values = [given.partition("=")[2] if re.match("--.*=", given, re.DOTALL) else given for given in arguments]
+        place = max((i for i, value in enumerate(values) if _letters(value) == _letters(unknown[1])), default=-1)
         flag = next((given for given in reversed(arguments[: place + 1]) if given.startswith("--")), None)
         if flag:
-            error = f"{flag.partition('=')[0]}: {unknown[1]!r} is one value too many; see --help-all"
-    return error
+            error = f"{flag.partition('=')[0]}: {values[place]!r} is one value too many; see --help-all"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in error)
 
 
 def with_flags(message: str) -> str:

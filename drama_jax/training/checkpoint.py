@@ -248,8 +248,9 @@ def _find(path: pathlib.Path | str, step: int | None) -> pathlib.Path:
 
 def _steps(folder: pathlib.Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, the newest first."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    # As this program writes them: neither "030" nor digits of another script.
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
 
 def _segment(name: str) -> Segment:

@@ -12,7 +12,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from drama_jax.config import AtariConfig, ConfigError, RunConfig, preset
@@ -90,6 +90,9 @@ def test_any_command_line_is_a_run_or_one_line(capsys, game, parts):
 
 @QUIET
 @given(st.sampled_from(NAMES), VALUES)
+@example("--logging.tensorboard", "tiny")
+@example("--logging.tensorboard", "\x1b")
+@example("--logging.tensorboard", "\u2028│ ")
 def test_any_override_of_one_field_is_taken_or_the_flag_named(name, value):
     try:
         command_line.parse(["--game", "Pong", "--preset", "tiny", f"{name}={value}"], "program")
@@ -322,6 +325,10 @@ NAMES_OF_FILES = st.one_of(
     name=NAMES_OF_FILES,
     content=st.one_of(st.binary(max_size=40), st.none()),
 )
+@example(folder="checkpoints", name="٣", content=None)
+@example(folder="checkpoints", name="030", content=None)
+@example(folder="checkpoints", name="99", content=b"")
+@example(folder="checkpoints/30", name="a\nb", content=b"")
 def test_extra_files_are_ignored_or_named(saved, whole, tmp_path_factory, folder, name, content):
     with copied(saved, tmp_path_factory) as run:
         path = run / folder / name
