@@ -27,16 +27,8 @@ def parts(state: agent.AgentState) -> list[tuple[str, Callable[..., Any], tuple[
     config, im = state.config, state.config.imagination
     key = jax.random.key(0)
 
-    def sample(state: agent.AgentState, key: jax.Array) -> Any:
-        return replay.sample_imagination(
-            config.replay,
-            state.replay,
-            key,
-            im.batch_size,
-            im.context_length,
-            ratio=im.batch_size / config.world_model.batch_size,
-            tau=state.hyper.imagination_tau,
-        )[0]
+    def sample(state: agent.AgentState, key: jax.Array) -> jax.Array:
+        return agent.sample_contexts(state, key)[0]
 
     def gather(memory: replay.Replay, starts: jax.Array) -> replay.Batch:
         return replay.gather(memory, starts, im.context_length)

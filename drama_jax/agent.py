@@ -172,15 +172,7 @@ def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
     checks.instances("agent.train_behaviour", state=(state, AgentState))
     config, im = state.config, state.config.imagination
     key, sample_key, imagine_key = jax.random.split(state.key, 3)
-    starts, memory = replay.sample_imagination(
-        config.replay,
-        state.replay,
-        sample_key,
-        im.batch_size,
-        im.context_length,
-        ratio=im.batch_size / config.world_model.batch_size,
-        tau=state.hyper.imagination_tau,
-    )
+    starts, memory = sample_contexts(state, sample_key)
     imagined, normaliser = imagine(state, replay.gather(memory, starts, im.context_length), imagine_key)
     behaviour, metrics = actor_critic.update(
         config.behaviour,
@@ -202,6 +194,23 @@ def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
         key=key,
     )
     return state, metrics
+
+
+def sample_contexts(state: AgentState, key: jax.Array) -> tuple[jax.Array, Replay]:
+    """Draws the windows that imagination starts from: ages of their starts [B] int32, and the replay that counted them.
+
+    The key is consumed.
+    """
+    config, im = state.config, state.config.imagination
+    return replay.sample_imagination(
+        config.replay,
+        state.replay,
+        key,
+        im.batch_size,
+        im.context_length,
+        ratio=im.batch_size / config.world_model.batch_size,
+        tau=state.hyper.imagination_tau,
+    )
 
 
 def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:

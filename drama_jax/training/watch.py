@@ -8,6 +8,8 @@ import chex
 import jax
 import numpy as np
 
+from drama_jax import guard
+
 
 class NotFiniteError(Exception):
     """Too many updates in a row were skipped because their loss or gradient was not finite."""
@@ -25,12 +27,12 @@ def skipped_batch(state: Any) -> dict[str, np.ndarray] | None:
     """The windows [B, T, ...] of the last world-model update that was skipped, from the replay of an `AgentState`.
 
     Returns:
-      One array per field of `replay.Batch`, and `slots` [B], where in the ring the windows start; None if every skipped
-      update was one of the behaviour, which learns from imagined steps.
+      One array per field of `replay.Batch`, and `slots` [B], where in the ring the windows start; None if the world
+      model's last update was not skipped: then it is the behaviour's, which learns from imagined steps.
     """
-    slots = np.asarray(state.guard.slots)
-    if (slots < 0).any():
+    if not state.guard.in_a_row[guard.WORLD_MODEL]:
         return None
+    slots = np.asarray(state.guard.slots)
     memory, length = state.replay, state.config.world_model.batch_length
     where = (slots[:, None] + np.arange(length)) % memory.capacity
     fields = ("frames", "actions", "rewards", "terminals", "firsts")

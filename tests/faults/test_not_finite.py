@@ -6,6 +6,7 @@ from micro import compiled_fast, main, metrics, only_run, steps_saved
 
 from drama_jax import replay
 from drama_jax.agent import AgentState
+from drama_jax.guard import Guard
 from drama_jax.training import checkpoint, resume, watch
 from experiments import atari100k
 
@@ -70,6 +71,13 @@ def test_a_broken_invariant_is_an_assertion():
     Memory.counters.imagined[7] = 1
     with pytest.raises(AssertionError, match="imagined draws counted for steps that are not stored"):
         watch.check_invariants(state, 4)
+
+
+def test_a_batch_is_kept_only_if_the_world_model_was_skipped_last():
+    class State:
+        guard = Guard(skipped=np.array([3, 9]), in_a_row=np.array([0, 9]), slots=np.array([1, 2]))
+
+    assert watch.skipped_batch(State) is None
 
 
 def test_the_limit_is_the_number_of_skipped_updates():
