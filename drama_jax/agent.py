@@ -19,46 +19,39 @@ import jax
 import jax.numpy as jnp
 
 from drama_jax import checks, distributions, guard, imagination, replay, world_model
+from drama_jax.acting import Acting, EncodedActing, act, initial_acting, initial_encoded_acting
+from drama_jax.agent_state import AgentState, Hyper, episode_segments, init, policy_input, resolve, sample_latent
 from drama_jax.behaviour import actor_critic, normalisers
-from drama_jax.config import AgentConfig, Fidelity
 from drama_jax.precision import at_least_float32
 from drama_jax.replay import Batch, Replay, Transition
 
+__all__ = [
+    "Acting",
+    "AgentState",
+    "EncodedActing",
+    "Hyper",
+    "Imagined",
+    "Metrics",
+    "act",
+    "episode_segments",
+    "imagine",
+    "imagine_video",
+    "init",
+    "initial_acting",
+    "initial_encoded_acting",
+    "observe",
+    "policy_input",
+    "reconstruct",
+    "resolve",
+    "sample_contexts",
+    "sample_latent",
+    "state_metrics",
+    "train_behaviour",
+    "train_world_model",
+    "update",
+]
+
 Metrics = dict[str, jax.Array]
-
-
-@flax.struct.dataclass
-class Hyper:
-    """Numbers that may differ between vmapped agents; initialised from the configuration."""
-
-    world_model_learning_rate: jax.Array  # [] float32
-    behaviour_learning_rate: jax.Array  # [] float32
-    entropy_scale: jax.Array  # [] float32
-    tau: jax.Array  # [] float32
-    imagination_tau: jax.Array  # [] float32
-
-
-@flax.struct.dataclass
-class AgentState:
-    """Everything the agent is and remembers."""
-
-    world_model: world_model.WorldModelState
-    behaviour: actor_critic.BehaviourState
-    replay: Replay
-    hyper: Hyper
-    guard: guard.Guard
-    key: jax.Array  # [] PRNG key, split by every update
-    config: AgentConfig = flax.struct.field(pytree_node=False)
-    num_actions: int = flax.struct.field(pytree_node=False)
-
-
-@flax.struct.dataclass
-class Acting:
-    """The steps of the running episode that the policy's state is computed from, in each of E environments."""
-
-    frames: jax.Array  # [E, context, height, width, channels] uint8, newest last
-    actions: jax.Array  # [E, context] int32
-    length: jax.Array  # [E] int32, how many of the last entries are valid
 
 
 @flax.struct.dataclass
@@ -69,41 +62,6 @@ class Imagined:
     actions: jax.Array  # [B, L] int32
     rewards: jax.Array  # [B, L] at least float32
     terminations: jax.Array  # [B, L] bool
-
-
-def resolve(config: AgentConfig) -> AgentConfig:
-    """The configuration with `compute_dtype="auto"` decided: bfloat16 on an accelerator, float32 on a CPU."""
-    checks.instances("agent", config=(config, AgentConfig))
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-    def decide(part: Any) -> Any:
-        return dataclasses.replace(part, compute_dtype=dtype) if part.compute_dtype == "auto" else part
-
-    return dataclasses.replace(config, world_model=decide(config.world_model), behaviour=decide(config.behaviour))
-
-
-def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
-    """A fresh agent with an empty replay. The key is consumed."""
-    checks.key("agent.init", key)
-    checks.integers("agent.init", num_actions=num_actions)
-    config = resolve(config)
-    key, model_key, behaviour_key = jax.random.split(key, 3)
-    return AgentState(
-        world_model=world_model.init(model_key, config.world_model, num_actions),
-        behaviour=actor_critic.init(behaviour_key, config.behaviour, config.world_model.feature_size, num_actions),
-        replay=replay.init(config.replay, config.world_model.autoencoder.image_shape),
-        hyper=Hyper(
-            world_model_learning_rate=jnp.asarray(config.world_model.optimizer.learning_rate, jnp.float32),
-            behaviour_learning_rate=jnp.asarray(config.behaviour.optimizer.learning_rate, jnp.float32),
-            entropy_scale=jnp.asarray(config.behaviour.entropy_scale, jnp.float32),
-            tau=jnp.asarray(config.replay.tau, jnp.float32),
-            imagination_tau=jnp.asarray(config.replay.imagination_tau, jnp.float32),
-        ),
-        guard=guard.init(config.world_model.batch_size),
-        key=key,
-        config=config,
-        num_actions=num_actions,
-    )
 
 
 def observe(state: AgentState, transition: Transition) -> AgentState:
@@ -213,13 +171,6 @@ def sample_contexts(state: AgentState, key: jax.Array) -> tuple[jax.Array, Repla
     )
 
 
-def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:
-    """Segment ids [B, T] that change where an episode starts; None to let the recurrent state run on (Q7)."""
-    if not fidelity.reset_at_episode_start:
-        return None
-    return jnp.cumsum(firsts.astype(jnp.int32), axis=-1)
-
-
 @jax.named_scope("imagination")
 def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined, normalisers.InputNormaliser]:
     """Imagined rollouts that continue real windows, in evaluation mode (paper section 2.3).
@@ -286,91 +237,6 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
         terminations=world_model.termination_logits(wm, params, caused) > 0,
     )
     return jax.lax.stop_gradient(imagined), normaliser
-
-
-def sample_latent(state: AgentState, key: jax.Array, log_probs: jax.Array) -> jax.Array:
-    """One-hot samples of log-probabilities [..., K, C], flattened to [..., S], in the compute dtype."""
-    sample = distributions.sample_one_hot(key, log_probs)
-    return sample.reshape(*sample.shape[:-2], -1).astype(world_model.compute_dtype(state.config.world_model))
-
-
-def policy_input(state: AgentState, latent: jax.Array, hidden: jax.Array) -> jax.Array:
-    """What actor and critic see: z [..., S] and d [..., D] side by side, in the compute dtype."""
-    dtype = world_model.compute_dtype(state.config.world_model)
-    return jnp.concatenate([latent.astype(dtype), hidden.astype(dtype)], axis=-1)
-
-
-def initial_acting(state: AgentState, num_envs: int) -> Acting:
-    """Empty contexts for `num_envs` environments."""
-    checks.instances("agent.initial_acting", state=(state, AgentState))
-    checks.integers("agent.initial_acting", num_envs=num_envs)
-    context = state.config.acting_context
-    shape = state.config.world_model.autoencoder.image_shape
-    return Acting(
-        frames=jnp.zeros((num_envs, context, *shape), jnp.uint8),
-        actions=jnp.zeros((num_envs, context), jnp.int32),
-        length=jnp.zeros((num_envs,), jnp.int32),
-    )
-
-
-def act(
-    state: AgentState, acting: Acting, frames: jax.Array, key: jax.Array, first: jax.Array, *, greedy: bool = False
-) -> tuple[jax.Array, Acting]:
-    """Chooses actions in E environments; no statistic of the agent moves.
-
-    The policy acts on d of the previous steps and a sample of the prior that d predicts for the current frame, which
-    is what it sees in imagination (paper section 2.3); the current frame itself enters the next step's context. An
-    episode's first step has no past: there the policy sees the posterior of the frame and d = 0.
-
-    Args:
-      acting: context of the previous steps.
-      frames: [E, height, width, channels] uint8, the current frames.
-      key: consumed.
-      first: [E] bool, the frame starts an episode; clears that environment's context.
-      greedy: take the most likely action instead of sampling one (static).
-
-    Returns:
-      Actions [E] int32 and the context including this step.
-    """
-    checks.instances("agent.act", state=(state, AgentState), acting=(acting, Acting))
-    checks.key("agent.act", key)
-    image = state.config.world_model.autoencoder.image_shape
-    checks.arrays("agent.act", {"E": acting.length.shape[0]}, frames=(frames, ("E", *image), "uint8"))
-    checks.arrays("agent.act", {"E": acting.length.shape[0]}, first=(first, ("E",), "bool"))
-    config, wm = state.config, state.config.world_model
-    params = state.world_model.params
-    posterior_key, prior_key, action_key, random_key = jax.random.split(key, 4)
-    length = jnp.where(first, 0, acting.length)
-    empty = length == 0
-    # The current frame borrows the newest slot of an empty context, so that one encoder pass serves both cases.
-    newest = jnp.where(empty[:, None, None, None], frames, acting.frames[:, -1])
-    context = acting.frames.at[:, -1].set(newest)
-    latents = sample_latent(state, posterior_key, world_model.posterior(wm, state.world_model, context))
-    steps = context.shape[1]
-    valid = jnp.arange(steps) >= steps - length[:, None]
-    hidden, _ = world_model.observe(
-        wm,
-        params,
-        latents,
-        acting.actions,
-        num_actions=state.num_actions,
-        segment_ids=valid.astype(jnp.int32),
-    )
-    hidden = hidden[:, -1]
-    latent = sample_latent(state, prior_key, world_model.prior(wm, params, hidden))
-    latent = jnp.where(empty[:, None], latents[:, -1], latent)
-    hidden = jnp.where(empty[:, None], jnp.zeros_like(hidden), hidden)
-    inputs = policy_input(state, latent, hidden)
-    logits = actor_critic.policy_logits(config.behaviour, state.behaviour.params, state.behaviour.normaliser, inputs)
-    actions = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(action_key, logits)
-    if not config.fidelity.first_action_from_policy:
-        actions = jnp.where(empty, jax.random.randint(random_key, empty.shape, 0, state.num_actions), actions)
-    actions = actions.astype(jnp.int32)
-    return actions, Acting(
-        frames=jnp.concatenate([acting.frames[:, 1:], frames[:, None]], axis=1),
-        actions=jnp.concatenate([acting.actions[:, 1:], actions[:, None]], axis=1),
-        length=jnp.minimum(length + 1, steps),
-    )
 
 
 def reconstruct(state: AgentState, frames: jax.Array, key: jax.Array) -> jax.Array:

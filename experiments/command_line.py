@@ -11,12 +11,13 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
 from drama_jax.config import AgentConfig, AtariConfig, ConfigError, EvaluationConfig, LoggingConfig, RunConfig, preset
 
+Parsed = TypeVar("Parsed")
 _PRESETS = ("tiny", "xs", "s", "reference")
 _DESCRIPTION = """Trains Drama on one Atari game and evaluates it. Steps are agent steps: 1 step = 4 emulator frames.
 
@@ -82,7 +83,7 @@ def parse(arguments: Sequence[str], program: str) -> tuple[AllOptions, RunConfig
         arguments = ["--help"]
     elif "--help" in arguments or "-h" in arguments:
         tyro.cli(Options, args=["--help"], prog=program, description=_DESCRIPTION, default=_defaults(Options, base))
-    options = _parse(arguments, program, base)
+    options = _parse(AllOptions, arguments, prog=program, default=_defaults(AllOptions, base))
     try:
         return options, _resolve(options, base)
     except ConfigError as error:
@@ -144,11 +145,22 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
-def _parse(arguments: Sequence[str], program: str, base: RunConfig) -> AllOptions:
+def parse_plain(kind: type[Parsed], arguments: Sequence[str] | None, program: str, description: str | None) -> Parsed:
+    """The command line of a small program as a dataclass.
+
+    Raises:
+      ConfigError: for any mistake in `arguments`, with one line that names the flag.
+      SystemExit: with code 0 after --help.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return _parse(kind, arguments, prog=program, description=description)
+
+
+def _parse(kind: type[Parsed], arguments: Sequence[str], **how: Any) -> Parsed:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(AllOptions, args=list(arguments), prog=program, default=_defaults(AllOptions, base))
+            return tyro.cli(kind, args=list(arguments), **how)
     except SystemExit as stop:
         if not stop.code:
             sys.stderr.write(messages.getvalue())

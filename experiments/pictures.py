@@ -18,14 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from drama_jax import agent
-from drama_jax.config import ConfigError, RunConfig
+from drama_jax.config import ConfigError
 from drama_jax.envs.base import Env
 from drama_jax.replay import Batch
-from drama_jax.training import checkpoint, loop, run_directory
+from drama_jax.training import run_directory
+from experiments import figures, saved
 from experiments.atari100k import make_environment
+from experiments.command_line import parse_plain
 
 _DREAMT = 16
 """Imagined steps shown."""
@@ -39,6 +40,8 @@ class Options:
 
     logdir: pathlib.Path
     """A run directory with config.json and checkpoints."""
+    weights: pathlib.Path | None = None
+    """A file of weights (.npz) instead of the run's newest checkpoint."""
     out: pathlib.Path = pathlib.Path("docs")
     """Directory for reconstructions.png and imagination.png; made if it is not there."""
     steps: int = 300
@@ -52,7 +55,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws the pictures; returns the exit code: 0, or 2 after a mistake of the user, which one line explains."""
     try:
-        options = tyro.cli(Options, args=arguments, prog="python -m experiments.pictures", description=__doc__)
+        options = parse_plain(Options, arguments, "python -m experiments.pictures", __doc__)
         for path in draw(options):
             print(path)
     except ConfigError as error:
@@ -67,15 +70,15 @@ def draw(options: Options) -> list[pathlib.Path]:
     Raises:
       ConfigError: if the run cannot be read, matplotlib is missing, or the steps are too few.
     """
-    figure = _import_figure()
+    figure = figures.import_figure()
     game, config = run_directory.load_config(options.logdir)
     context = config.agent.imagination.context_length
     least = max(options.frames, context + _DREAMT)
     if options.frames < 1 or options.steps < least:
         raise ConfigError(f"--steps {options.steps} --frames {options.frames}: at least {least} steps and 1 frame")
-    init_key, play_key, latent_key, dream_key = jax.random.split(jax.random.key(options.seed), 4)
+    play_key, latent_key, dream_key = jax.random.split(jax.random.key(options.seed), 3)
     with contextlib.closing(make_environment(game, config, num_envs=1)) as environment:
-        state = _load(options.logdir, config, environment.num_actions, init_key)
+        state = saved.load(options.logdir, config, environment.num_actions, file=options.weights)
         played = play(state, environment, options.steps, play_key)
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -119,14 +122,6 @@ def play(state: Any, environment: Env, steps: int, key: jax.Array) -> Batch:
     return Batch(*(jnp.asarray(np.stack(column))[None] for column in zip(*rows, strict=True)))
 
 
-def _load(directory: pathlib.Path, config: RunConfig, num_actions: int, key: jax.Array) -> Any:
-    """The run's newest checkpoint as an `AgentState` with the smallest replay that its configuration allows."""
-    least = config.agent.warmup_steps + 1
-    replay = dataclasses.replace(config.agent.replay, capacity=least)
-    small = dataclasses.replace(config.agent, replay=replay)
-    return checkpoint.restore(directory / "checkpoints", loop.initial_state(key, small, num_actions))
-
-
 def _window(played: Batch, length: int) -> Batch:
     """The latest window of `length` steps inside one episode; the latest of all if no episode lasts that long."""
     firsts = np.asarray(played.firsts[0])
@@ -134,14 +129,6 @@ def _window(played: Batch, length: int) -> Batch:
     whole = (start for start in starts if not firsts[start + 1 : start + length].any())
     start = next(whole, len(firsts) - length)
     return jax.tree.map(lambda x: x[:, start : start + length], played)
-
-
-def _import_figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError("matplotlib is not installed: run python -m pip install matplotlib") from error
-    return Figure
 
 
 def _save(

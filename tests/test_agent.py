@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drama_jax import agent, replay
+from drama_jax import agent, replay, world_model
 from drama_jax.config import (
     AgentConfig,
     AutoencoderConfig,
@@ -239,6 +239,22 @@ def test_first_clears_the_context(filled, act):
     kept = [run_episode(act, state, f, jax.random.key(0), first_step=3) for f in (frames, other)]
     np.testing.assert_array_equal(kept[0][0], kept[1][0])
     np.testing.assert_array_equal(kept[0][1].length, [3, 3])
+
+
+def test_encoded_acting_chooses_the_same_actions(filled, act):
+    """Also over the start of an episode, where the context is cleared, and with a context that is full."""
+    state = filled()
+    frames = transitions(60, seed=4).frame.reshape(10, 6, 8, 8, 3)
+    first = jnp.arange(10)[:, None] == jnp.asarray([0, 0, 0, 3, 9, 5])  # environments start anew at different steps
+    plain, encoded = agent.initial_acting(state, 6), agent.initial_encoded_acting(state, 6)
+    for i, frame in enumerate(frames):
+        key = jax.random.key(i)
+        wanted, plain = act(state, plain, frame, key, first[i], greedy=True)
+        actions, encoded = act(state, encoded, frame, key, first[i], greedy=True)
+        np.testing.assert_array_equal(actions, wanted)
+    np.testing.assert_array_equal(encoded.length, plain.length)
+    posterior = world_model.posterior(state.config.world_model, state.world_model, plain.frames)
+    np.testing.assert_allclose(encoded.log_probs[0], posterior[0], rtol=1e-5, atol=1e-6)
 
 
 def logits_of_first_step(act, config, filled):

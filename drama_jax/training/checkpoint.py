@@ -22,7 +22,7 @@ import numpy as np
 
 from drama_jax import checks
 from drama_jax.config import ConfigError
-from drama_jax.training import arrays, files, manifest, orbax_arrays, replay_log
+from drama_jax.training import arrays, files, manifest, orbax_arrays, replay_log, weights
 from drama_jax.training.manifest import Invalid
 from drama_jax.training.replay_log import ReplayLog, Row, Segment
 
@@ -200,7 +200,7 @@ def load_weights(path: pathlib.Path | str, step: int | None = None) -> dict[str,
     """The model alone, as nested dicts of numpy arrays; needs no configuration and no accelerator.
 
     Args:
-      path: A run directory, its checkpoints directory, or one checkpoint.
+      path: A run directory, its checkpoints directory, one checkpoint, or a file written by `weights.write`.
       step: Which checkpoint; the newest that is whole if None.
 
     Returns:
@@ -210,9 +210,21 @@ def load_weights(path: pathlib.Path | str, step: int | None = None) -> dict[str,
       ConfigError: if there is no such checkpoint, or it is damaged.
       TypeError: if `path` is no path or `step` no integer.
     """
+    checks.instances("checkpoint", path=(path, (str, pathlib.Path)), step=(step, (int, type(None))))
+    if pathlib.Path(path).suffix == weights.SUFFIX:
+        return weights.read(pathlib.Path(path))
     saved = _arrays(_find(path, step))
     agent = {name.removeprefix("agent/"): array for name, array in saved.items()}
     return arrays.nest({name: array for name, array in agent.items() if name.startswith(_WEIGHTS)})
+
+
+def newest(run: pathlib.Path) -> int:
+    """Step of the checkpoint that `load_weights` takes from a run.
+
+    Raises:
+      ConfigError: if none can be used.
+    """
+    return int(_find(run / FOLDER, None).name)
 
 
 def _arrays(directory: pathlib.Path) -> dict[str, np.ndarray]:

@@ -58,7 +58,7 @@ def evaluate(
     quota = episodes_per_environment(episodes, environment.num_envs)
     finished: list[list[float]] = [[] for _ in quota]
     returns = np.zeros(environment.num_envs)
-    acting = agent.initial_acting(state, environment.num_envs)
+    acting = agent.initial_encoded_acting(state, environment.num_envs)
     if episodes == 0:
         return []
     observation = attempt(environment.reset)

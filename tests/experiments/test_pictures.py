@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from drama_jax.config import RunConfig, preset
+from drama_jax.config import RunConfig
 from drama_jax.replay import Batch
-from drama_jax.training import arrays, checkpoint, loop, replay_log, run_directory
+from drama_jax.training import run_directory
 from experiments import pictures
 
-ACTIONS = 4  # of Breakout
-CONTEXT = 2
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run directory as a run leaves it, of a very small agent."""
-    config = preset("tiny")
-    model = dataclasses.replace(
-        config.agent.world_model,
-        backbone=dataclasses.replace(config.agent.world_model.backbone, num_layers=1),
-        batch_size=2,
-        batch_length=6,
-    )
-    imagination = dataclasses.replace(config.agent.imagination, batch_size=4, context_length=CONTEXT)
-    small = dataclasses.replace(
-        config.agent, world_model=model, imagination=imagination, acting_context=2, warmup_steps=20
-    )
-    config = dataclasses.replace(config, agent=small)
-    directory = run_directory.create(tmp_path_factory.mktemp("runs"), "Breakout", "tiny", config)
-    state = loop.initial_state(jax.random.key(0), config.agent, ACTIONS)
-    device = arrays.to_host({"agent": dataclasses.replace(state, replay=replay_log.without_rows(state.replay))})
-    checkpoints = checkpoint.Checkpoints(directory, "a run", capacity=1)
-    checkpoints.save(checkpoint.Snapshot(7, 0, device, {}, {}))
-    checkpoints.close()
-    assert checkpoints.error is None
-    return directory, config
-
-
-def test_the_configuration_of_a_run_comes_back(run):
-    directory, config = run
+def test_the_configuration_of_a_run_comes_back(saved_run):
+    directory, config = saved_run
     game, loaded = run_directory.load_config(directory)
     assert game == "Breakout" and loaded == config and isinstance(loaded, RunConfig)
     assert hash(loaded) == hash(config)
 
 
-@pytest.fixture
-def compiled_fast():
-    """Most of the time goes into compilation, so compile fast rather than well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.usefixtures("compiled_fast")
-def test_both_pictures_show_one_column_per_frame(run, tmp_path, capsys):
+def test_both_pictures_show_one_column_per_frame(saved_run, tmp_path, capsys):
     out = tmp_path / "new" / "docs"
-    arguments = ["--logdir", str(run[0]), "--out", str(out), "--steps", "30", "--frames", "3"]
+    arguments = ["--logdir", str(saved_run[0]), "--out", str(out), "--steps", "30", "--frames", "3"]
     assert pictures.main(arguments) == 0
     assert capsys.readouterr().out.split() == [str(out / "reconstructions.png"), str(out / "imagination.png")]
     shapes = {path.name: np.asarray(Image.open(path)).shape for path in out.iterdir()}
@@ -96,7 +57,7 @@ def test_a_configuration_of_another_version_is_one_line(tmp_path, capsys):
     assert "was not written by this version" in error and error.count("\n") == 1
 
 
-def test_too_few_steps_are_refused(run, tmp_path, capsys):
-    assert pictures.main(["--logdir", str(run[0]), "--out", str(tmp_path / "docs"), "--steps", "3"]) == 2
+def test_too_few_steps_are_refused(saved_run, tmp_path, capsys):
+    assert pictures.main(["--logdir", str(saved_run[0]), "--out", str(tmp_path / "docs"), "--steps", "3"]) == 2
     assert "--steps 3" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -163,6 +163,7 @@ AGENT = types.SimpleNamespace(
     update=update,
     act=act,
     initial_acting=lambda state, num_envs: {"steps": jnp.zeros(num_envs, jnp.int32)},
+    initial_encoded_acting=lambda state, num_envs: {"steps": jnp.zeros(num_envs, jnp.int32)},
     state_metrics=lambda state: {
         "replay/size": state.count.astype(jnp.float32),
         "guard/skipped_in_a_row": jnp.zeros((), jnp.float32),

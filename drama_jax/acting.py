@@ -1,0 +1,150 @@
+"""Choosing actions in environments: the context of the running episodes, and the policy on top of it.
+
+Shapes: E environments, S latent size, K categoricals, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from drama_jax import checks, world_model
+from drama_jax.agent_state import AgentState, policy_input, sample_latent
+from drama_jax.behaviour import actor_critic
+from drama_jax.precision import at_least_float32
+
+
+@flax.struct.dataclass
+class Acting:
+    """The steps of the running episode that the policy's state is computed from, in each of E environments."""
+
+    frames: jax.Array  # [E, context, height, width, channels] uint8, newest last
+    actions: jax.Array  # [E, context] int32
+    length: jax.Array  # [E] int32, how many of the last entries are valid
+
+
+@flax.struct.dataclass
+class EncodedActing:
+    """`Acting` for a world model that stays as it is, as in evaluation: every frame is encoded once.
+
+    Latents are sampled from the kept posteriors anew at every step, as they are from the frames.
+    """
+
+    log_probs: jax.Array  # [E, context, K, C] at least float32, posteriors of the frames, newest last
+    actions: jax.Array  # [E, context] int32
+    length: jax.Array  # [E] int32, how many of the last entries are valid
+
+
+Context = TypeVar("Context", bound=Acting | EncodedActing)
+
+
+def initial_acting(state: AgentState, num_envs: int) -> Acting:
+    """Empty contexts for `num_envs` environments."""
+    checks.instances("agent.initial_acting", state=(state, AgentState))
+    checks.integers("agent.initial_acting", num_envs=num_envs)
+    context = state.config.acting_context
+    shape = state.config.world_model.autoencoder.image_shape
+    return Acting(
+        frames=jnp.zeros((num_envs, context, *shape), jnp.uint8),
+        actions=jnp.zeros((num_envs, context), jnp.int32),
+        length=jnp.zeros((num_envs,), jnp.int32),
+    )
+
+
+def initial_encoded_acting(state: AgentState, num_envs: int) -> EncodedActing:
+    """Empty contexts for `num_envs` environments, for a world model that will stay as it is."""
+    checks.instances("agent.initial_encoded_acting", state=(state, AgentState))
+    checks.integers("agent.initial_encoded_acting", num_envs=num_envs)
+    context, wm = state.config.acting_context, state.config.world_model
+    shape = (num_envs, context, wm.autoencoder.categoricals, wm.autoencoder.classes)
+    return EncodedActing(
+        log_probs=jnp.zeros(shape, at_least_float32(world_model.compute_dtype(wm))),
+        actions=jnp.zeros((num_envs, context), jnp.int32),
+        length=jnp.zeros((num_envs,), jnp.int32),
+    )
+
+
+def act(
+    state: AgentState, acting: Context, frames: jax.Array, key: jax.Array, first: jax.Array, *, greedy: bool = False
+) -> tuple[jax.Array, Context]:
+    """Chooses actions in E environments; no statistic of the agent moves.
+
+    The policy acts on d of the previous steps and a sample of the prior that d predicts for the current frame, which
+    is what it sees in imagination (paper section 2.3); the current frame itself enters the next step's context. An
+    episode's first step has no past: there the policy sees the posterior of the frame and d = 0.
+
+    Args:
+      acting: context of the previous steps, `Acting` or `EncodedActing`; the same actions come of both.
+      frames: [E, height, width, channels] uint8, the current frames.
+      key: consumed.
+      first: [E] bool, the frame starts an episode; clears that environment's context.
+      greedy: take the most likely action instead of sampling one (static).
+
+    Returns:
+      Actions [E] int32 and the context including this step.
+    """
+    checks.instances("agent.act", state=(state, AgentState), acting=(acting, (Acting, EncodedActing)))
+    checks.key("agent.act", key)
+    image = state.config.world_model.autoencoder.image_shape
+    checks.arrays("agent.act", {"E": acting.length.shape[0]}, frames=(frames, ("E", *image), "uint8"))
+    checks.arrays("agent.act", {"E": acting.length.shape[0]}, first=(first, ("E",), "bool"))
+    posterior_key, prior_key, action_key, random_key = jax.random.split(key, 4)
+    length = jnp.where(first, 0, acting.length)
+    empty = length == 0
+    log_probs, remembered = _posteriors(state, acting, frames, empty)
+    latents = sample_latent(state, posterior_key, log_probs)
+    inputs = _policy_input(state, latents, acting.actions, length, prior_key)
+    logits = actor_critic.policy_logits(
+        state.config.behaviour, state.behaviour.params, state.behaviour.normaliser, inputs
+    )
+    actions = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(action_key, logits)
+    if not state.config.fidelity.first_action_from_policy:
+        actions = jnp.where(empty, jax.random.randint(random_key, empty.shape, 0, state.num_actions), actions)
+    actions = actions.astype(jnp.int32)
+    later = dataclasses.replace(
+        remembered,
+        actions=jnp.concatenate([acting.actions[:, 1:], actions[:, None]], axis=1),
+        length=jnp.minimum(length + 1, latents.shape[1]),
+    )
+    return actions, later
+
+
+def _posteriors(
+    state: AgentState, acting: Acting | EncodedActing, frames: jax.Array, empty: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Posteriors of the context [E, context, K, C], and the context with the current frames behind it.
+
+    The current frame borrows the newest slot of an empty context, which has no use for it.
+    """
+    wm = state.config.world_model
+    mask = empty[:, None, None, None]
+    if isinstance(acting, Acting):
+        # One encoder pass serves both cases.
+        context = acting.frames.at[:, -1].set(jnp.where(mask, frames, acting.frames[:, -1]))
+        later = jnp.concatenate([acting.frames[:, 1:], frames[:, None]], axis=1)
+        return world_model.posterior(wm, state.world_model, context), dataclasses.replace(acting, frames=later)
+    now = world_model.posterior(wm, state.world_model, frames)
+    log_probs = acting.log_probs.at[:, -1].set(jnp.where(mask[..., 0], now, acting.log_probs[:, -1]))
+    later = jnp.concatenate([acting.log_probs[:, 1:], now[:, None]], axis=1)
+    return log_probs, dataclasses.replace(acting, log_probs=later)
+
+
+def _policy_input(
+    state: AgentState, latents: jax.Array, actions: jax.Array, length: jax.Array, key: jax.Array
+) -> jax.Array:
+    """[E, S + D] from the last `length` entries of latents [E, context, S] and actions [E, context]."""
+    wm, params = state.config.world_model, state.world_model.params
+    empty, steps = length == 0, latents.shape[1]
+    valid = jnp.arange(steps) >= steps - length[:, None]
+    hidden, _ = world_model.observe(
+        wm, params, latents, actions, num_actions=state.num_actions, segment_ids=valid.astype(jnp.int32)
+    )
+    hidden = hidden[:, -1]
+    latent = sample_latent(state, key, world_model.prior(wm, params, hidden))
+    latent = jnp.where(empty[:, None], latents[:, -1], latent)
+    hidden = jnp.where(empty[:, None], jnp.zeros_like(hidden), hidden)
+    return policy_input(state, latent, hidden)
