@@ -10,20 +10,26 @@ In shapes, B batch, T time, H heads, P head dim, N state dim, G groups (head h r
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from drama_jax import checks
+from drama_jax.config import ConfigError
+from drama_jax.ssd import fused
 from drama_jax.ssd.chunked import ssd_chunked
+from drama_jax.ssd.fused import ssd_pallas
 from drama_jax.ssd.reference import ssd_reference
 from drama_jax.ssd.reference import ssd_step as _step
 from drama_jax.ssd.segments import segment_index
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "segment_index", "ssd", "ssd_step"]
+__all__ = ["IMPLEMENTATIONS", "Implementation", "default_implementation", "segment_index", "ssd", "ssd_step"]
 
+FASTER: dict[str, tuple[int, int]] = {}
+"""dtype of x -> the smallest and the largest T at which the kernels were measured to be faster than "chunked" on an
+H100, forward and backward. Empty: not measured yet."""
 Implementation = Literal["reference", "chunked", "pallas"]
-IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked}
+IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 
 
 def ssd(
@@ -38,6 +44,7 @@ def ssd(
     segment_ids: jax.Array | None = None,
     chunk_size: int = 64,
     implementation: Implementation | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the SSD recurrence over a sequence (Dao & Gu 2024, eq. 1 and section 6).
 
@@ -55,25 +62,20 @@ def ssd(
       segment_ids: optional `[B, T]` int. The state is dropped where the id changes; `initial_state` belongs to
         segment 0, so that `cumsum(is_first)` drops it when the sequence begins with an episode's first step.
       chunk_size: steps per chunk of the chunked implementation; no effect on the result but rounding.
-      implementation: "reference" (token by token), "chunked" (matrix products inside chunks), "pallas" (not yet
-        available), or None for the fastest measured one, "chunked".
+      implementation: "reference" (token by token), "chunked" (matrix products inside chunks), "pallas" (GPU kernels,
+        P up to 128 and N up to 256), or None for what `default_implementation` picks.
+      interpret: with "pallas", run the kernels without a GPU, slowly, for tests.
 
     Returns:
       y `[B, T, H, P]` in x's dtype, and the state after the last step, `[B, H, P, N]` in float32 or float64.
 
     Raises:
-      TypeError, ValueError: on arguments that are no arrays, shapes or dtypes that do not fit, or an implementation
-        that cannot run.
+      TypeError, ValueError: on arguments that are no arrays, or shapes or dtypes that do not fit.
+      ConfigError: on an implementation that is unknown or cannot run here.
     """
-    name = "chunked" if implementation is None else implementation
-    if name == "pallas":
-        raise ValueError(
-            "ssd: implementation 'pallas' is not available yet: no Pallas kernel has been written; "
-            "use implementation=None, 'chunked' or 'reference'"
-        )
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"ssd: unknown implementation {name!r}; accepted: None, {', '.join(map(repr, IMPLEMENTATIONS))}"
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"ssd: unknown implementation {implementation!r}; accepted: None, {', '.join(map(repr, IMPLEMENTATIONS))}"
         )
     checks.arrays("ssd", x=(x, ("B", "T", "H", "P"), "float"))
     checks.arrays(
@@ -89,8 +91,26 @@ def ssd(
     )
     checks.integers("ssd", T=x.shape[1], chunk_size=chunk_size)
     _check_groups("ssd", x.shape[2], B.shape[2])
-    extra = {"chunk_size": chunk_size} if name == "chunked" else {}
+    name = implementation or default_implementation(x, B)
+    extra: dict[str, Any] = {}
+    if name == "chunked":
+        extra["chunk_size"] = chunk_size
+    if name == "pallas":
+        reason = fused.why_not(x, B, interpret=interpret)
+        if reason:
+            raise ConfigError(f"ssd: implementation 'pallas' cannot run: {reason}; use None, 'chunked' or 'reference'")
+        extra["interpret"] = interpret
     return IMPLEMENTATIONS[name](x, dt, A, B, C, D=D, initial_state=initial_state, segment_ids=segment_ids, **extra)
+
+
+def default_implementation(x: jax.Array, B: jax.Array) -> Implementation:
+    """The implementation of `ssd` for x [B, T, H, P] and B [B, T, G, N]: the one place where it is chosen.
+
+    The kernels where they run and `FASTER` says that they were measured to be faster; "chunked" everywhere else.
+    """
+    smallest, largest = FASTER.get(str(x.dtype), (1, 0))
+    measured = smallest <= x.shape[1] <= largest
+    return "pallas" if measured and fused.why_not(x, B, interpret=False) is None else "chunked"
 
 
 def ssd_step(

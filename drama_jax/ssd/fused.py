@@ -1,0 +1,167 @@
+"""The SSD scan through the GPU kernels of `ssd.pallas`, with their gradients.
+
+Kept between the passes: the operands and the state that enters each chunk, `[B, H, T / Q, P, N]`; everything inside a
+chunk is computed again. Memory is linear in T.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from drama_jax.precision import at_least_float32
+from drama_jax.ssd import pallas
+from drama_jax.ssd.pallas import Inputs, Steps, Tiles
+from drama_jax.ssd.segments import segment_index
+
+FULL = 264
+"""Programs that fill the device: two per multiprocessor of an H100."""
+CUTS: dict[str, list[tuple[int, int, int, int, int]]] = {
+    "bfloat16": [(32, 32, 64, 16, 4), (64, 32, 64, 32, 8), (128, 64, 64, 32, 8), (256, 64, 32, 64, 8)],
+    "float32": [(32, 16, 32, 16, 4), (64, 16, 32, 16, 4), (128, 16, 32, 32, 4), (256, 16, 16, 32, 4)],
+}
+"""Largest N, and the chunk, width, depth and warps up to it. Not measured yet: of the cuts tried with the compiler for
+an H100, those with the fewest registers spilt in both directions."""
+LARGEST_HEAD_DIM, LARGEST_STATE_DIM = 128, 256
+Saved = tuple[Inputs, jax.Array, bool]
+
+
+def ssd_pallas(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The whole sequence; arguments as in `drama_jax.ssd.ssd`, unchecked.
+
+    Args:
+      x: and the others, as there.
+      tiles: how the work is cut; None for `default_tiles`.
+      interpret: run the kernels without a GPU, slowly.
+    """
+    wide = at_least_float32(x.dtype)
+    inputs = Inputs(
+        x=x,
+        B=B,
+        C=C,
+        D=None if D is None else D.astype(wide),
+        steps=Steps(
+            dt=dt.astype(wide),
+            A=A.astype(wide),
+            index=None if segment_ids is None else segment_index(segment_ids),
+        ),
+    )
+    state = None if initial_state is None else initial_state.astype(wide)
+    return _scan(inputs, state, tiles or default_tiles(x, B), interpret)
+
+
+def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
+    """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as fill the device."""
+    batch, time, heads, head_dim = x.shape
+    state_dim = pallas.padded(B.shape[-1])
+    cuts = CUTS["bfloat16" if x.dtype == jnp.bfloat16 else "float32"]
+    chunk, width, depth, warps = next(cut for largest, *cut in cuts if state_dim <= largest)
+    chunk, width = min(chunk, pallas.padded(time)), min(width, pallas.padded(head_dim))
+    chunks = -(-time // chunk)
+    programs = batch * heads * -(-head_dim // width)
+    # A strip costs a second reading of its inputs: four chunks or more make that worth while.
+    strips = max(1, min(-(-FULL // programs), chunks // 4))
+    return Tiles(chunk=chunk, width=width, depth=min(depth, state_dim), strips=strips, warps=warps)
+
+
+def why_not(x: jax.Array, B: jax.Array, *, interpret: bool) -> str | None:
+    """Why the kernels cannot run on x [B, T, H, P] and B [B, T, G, N] here, or None if they can."""
+    head_dim, state_dim = x.shape[-1], B.shape[-1]
+    if head_dim > LARGEST_HEAD_DIM or state_dim > LARGEST_STATE_DIM:
+        return (
+            f"it takes P up to {LARGEST_HEAD_DIM} and N up to {LARGEST_STATE_DIM}, got P={head_dim} and N={state_dim}"
+        )
+    tiles = default_tiles(x, B)
+    chunks = -(-x.shape[1] // tiles.chunk) + tiles.strips
+    largest = max(x.size, B.size * x.shape[2] // B.shape[2], x.shape[0] * x.shape[2] * chunks * head_dim * state_dim)
+    if largest >= 2**31:
+        return f"its offsets are of 32 bits, and this size needs arrays of {largest:,} numbers; split the batch"
+    if interpret:
+        return None
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 or float32, got {x.dtype}"
+    needed = "it needs an NVIDIA GPU of compute capability 8.0 or more"
+    if jax.default_backend() != "gpu":
+        return f"{needed}, and JAX's default backend is {jax.default_backend()!r}"
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))
+    major = capability.partition(".")[0]
+    return None if major.isdecimal() and int(major) >= 8 else f"{needed}, and this one's is {capability}"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _scan(inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    y, final, _ = pallas.outputs(
+        inputs, _entries(inputs, state, tiles, interpret), tiles, save=False, interpret=interpret
+    )
+    return y, final
+
+
+def _scan_forward(
+    inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool
+) -> tuple[tuple[jax.Array, jax.Array], Saved]:
+    entry = _entries(inputs, state, tiles, interpret)
+    y, final, saved = pallas.outputs(inputs, entry, tiles, save=True, interpret=interpret)
+    assert saved is not None
+    return (y, final), (inputs, saved, state is not None)
+
+
+def _scan_backward(
+    tiles: Tiles, interpret: bool, kept: Saved, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[Inputs, jax.Array | None]:
+    inputs, saved, with_state = kept
+    dy, dfinal = cotangents
+    exits = dfinal[:, :, None]
+    if tiles.strips > 1:
+        sums, decays = pallas.strip_states(dy, inputs.C, inputs, tiles, reverse=True, interpret=interpret)
+        exits = _between_strips(sums, decays, dfinal, reverse=True)
+    out = pallas.gradients(inputs, saved, dy, exits, tiles, interpret=interpret)
+    by_inputs = Inputs(
+        x=out["x"],
+        B=out["B"],
+        C=out["C"],
+        D=None if inputs.D is None else out["D"],
+        steps=Steps(dt=out["dt"], A=out["A"], index=None),
+    )
+    return by_inputs, out["initial_state"] if with_state else None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _entries(inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool) -> jax.Array | None:
+    """The state entering each strip [B, H, S, P, N], or None for zeros."""
+    if tiles.strips == 1:
+        return None if state is None else state[:, :, None]
+    sums, decays = pallas.strip_states(inputs.x, inputs.B, inputs, tiles, reverse=False, interpret=interpret)
+    return _between_strips(sums, decays, jnp.zeros_like(sums[:, :, 0]) if state is None else state, reverse=False)
+
+
+def _between_strips(sums: jax.Array, decays: jax.Array, first: jax.Array, *, reverse: bool) -> jax.Array:
+    """The state at the near end of each strip [B, H, S, P, N], from what each strip adds and `first` [B, H, P, N]."""
+
+    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return left[0] * right[0], left[1] * right[0] + right[1]
+
+    if reverse:
+        sums, decays, first = sums[:, :, 1:], decays[:, :, 1:], first[:, :, None]
+        sums = sums.at[:, :, -1:].add(decays[:, :, -1:, None, None] * first)
+        _, after = jax.lax.associative_scan(combine, (decays[..., None, None], sums), axis=2, reverse=True)
+        return jnp.concatenate([after, first], axis=2)
+    sums, decays, first = sums[:, :, :-1], decays[:, :, :-1], first[:, :, None]
+    sums = sums.at[:, :, :1].add(decays[:, :, :1, None, None] * first)
+    _, after = jax.lax.associative_scan(combine, (decays[..., None, None], sums), axis=2)
+    return jnp.concatenate([first, after], axis=2)
