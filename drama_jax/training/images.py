@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 from drama_jax import agent, replay
 from drama_jax.training.logging import Writer, comparison_strip
@@ -12,24 +13,32 @@ from drama_jax.training.logging import Writer, comparison_strip
 _SEQUENCES_SHOWN = 3
 
 
-def log(writer: Writer, step: int, state: Any, key: jax.Array) -> None:
-    """A strip of reconstructions and one of an imagined rollout, from random windows of the replay.
+def write(writer: Writer, step: int, truth: np.ndarray, reconstruction: np.ndarray, video: np.ndarray) -> None:
+    """A strip of reconstructions and one of an imagined rollout, from what `pictures` returns, on the host.
 
     Args:
       writer: Where they go.
       step: Agent steps done.
-      state: `AgentState`.
-      key: PRNG key, consumed.
+      truth: uint8 [B, context + horizon, H, W, C].
+      reconstruction: In 0..1 [B, context, H, W, C].
+      video: In 0..1, of the shape of `truth`.
     """
-    truth, reconstruction, video = jax.device_get(_pictures(state, key))
     seen = truth[:, : reconstruction.shape[1]]
     writer.image(step, "world_model/reconstruction", comparison_strip(seen, reconstruction))
     writer.image(step, "world_model/imagined_rollout", comparison_strip(truth, video))
 
 
 @jax.jit
-def _pictures(state: Any, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(frames uint8 [B, context + horizon, H, W, C], reconstructions of the context, open-loop rollout)."""
+def pictures(state: Any, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Random windows of the replay, reconstructions of their context, and an open-loop rollout.
+
+    Args:
+      state: `AgentState`.
+      key: PRNG key, consumed.
+
+    Returns:
+      Frames uint8 [B, context + horizon, H, W, C], and in 0..1 [B, context, ...] and [B, context + horizon, ...].
+    """
     start_key, reconstruction_key, video_key = jax.random.split(key, 3)
     imagination = state.config.imagination
     context = imagination.context_length

@@ -30,21 +30,22 @@ class MeanMetrics:
         self.sums: dict[str, jax.Array] | None = None
         self.count = 0
 
-    def restore(self, saved: Mapping[str, np.ndarray], prefix: str, count: int) -> None:
-        """Goes on from sums that were saved under `prefix`."""
-        sums = {name.removeprefix(prefix): jnp.array(saved[name]) for name in saved if name.startswith(prefix)}
-        self.sums, self.count = sums or None, count
+    @staticmethod
+    def saved(saved: Mapping[str, np.ndarray], prefix: str) -> dict[str, jax.Array] | None:
+        """The sums that were saved under `prefix`; None if nothing had been added."""
+        names = (name for name in saved if name.startswith(prefix))
+        return {name.removeprefix(prefix): jnp.array(saved[name]) for name in names} or None
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Adds one update's metrics without waiting for them."""
         self.sums = metrics if self.sums is None else _add(self.sums, metrics)
         self.count += 1
 
-    def fetch(self) -> dict[str, float]:
-        """Means since the last call; waits for the device. Empty if nothing was added."""
+    def fetch(self) -> dict[str, np.ndarray]:
+        """Means since the last call, float64; waits for the device. Empty if nothing was added."""
         if self.sums is None:
             return {}
-        means = {tag: float(total) / self.count for tag, total in jax.device_get(self.sums).items()}
+        means = {tag: np.asarray(total, np.float64) / self.count for tag, total in jax.device_get(self.sums).items()}
         self.sums, self.count = None, 0
         return means
 

@@ -1,18 +1,21 @@
-"""The host loop: one environment, one update of the agent per agent step.
+"""The host loop: one environment per agent, one update per agent step.
 
     step t:    start act on frame t  ->  start the update with transition t-1  ->  fetch the action  ->  emulator plays
 
-Python waits for the device only at the action. What crosses to the device per step is one frame, an action and three
-scalars. In this file E = 1 environment; arrays from the environment keep that axis.
+Python waits for the device only at the action. What crosses to the device per step and agent is one frame, an action
+and three scalars. N agents step together, each as if it were alone; see `together` for how their states are stacked.
+Each has E = 1 environment; arrays from an environment keep that axis.
 
-Between two steps the whole run is the agent's state and a `LoopState`.
+Between two steps the whole run is the agents' state and a `LoopState`.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,16 +29,35 @@ from drama_jax.training.checkpoint import Checkpoints, Snapshot
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.loop_state import LoopState, Pending
 from drama_jax.training.replay_log import Row
+from drama_jax.training.together import Together
 
+Program = Callable[..., Any]
 _MEASURED_UPDATES = 3
 
 
 @dataclasses.dataclass
+class Member:
+    """One agent of a run: what it does not share with the others."""
+
+    environment: Env
+    """One environment (`num_envs` 1), freshly made."""
+    key: jax.Array
+    """PRNG key, consumed."""
+    writer: Writer
+    """Where scalars and images go."""
+    checkpoints: Checkpoints | None = None
+    """Where checkpoints go, one every `logging.checkpoint_every` steps, one at the end, and one where the training is
+    ended early."""
+    snapshot: Snapshot | None = None
+    """Where to go on from; None to start at step 0. Those of all members are of the same step."""
+
+
+@dataclasses.dataclass
 class Training:
-    """What came of a training run."""
+    """What came of one agent's training."""
 
     state: Any
-    """AgentState after the last update."""
+    """AgentState after the last update; of several agents, without the replay."""
     returns: list[tuple[int, float]]
     """(agent step at the end, undiscounted raw return) of each episode, whole games with the terminal reward."""
     wall_clock_s: float
@@ -83,6 +105,37 @@ observe = jax.jit(_observe, donate_argnums=0)
 update = jax.jit(_update, donate_argnums=0)
 
 
+@jax.jit
+def _state_metrics(state: Any) -> dict[str, jax.Array]:
+    return agent.state_metrics(state)
+
+
+class _Programs:
+    """The compiled functions of a loop. Frames [N, H, W, C], actions and flags [N] become E = 1 for each agent."""
+
+    def __init__(self, together: Together) -> None:
+        self.act: Program = _act
+        self.observe: Program = observe
+        self.update: Program = update
+        self.metrics: Program = _state_metrics
+        self.pictures: Program = images.pictures
+        if together.count > 1:
+            self.act = together.program(_act_one, shared=(4,))
+            self.observe = together.program(_each(_observe), donate=(0,))
+            self.update = together.program(_each(_update), donate=(0,))
+            self.metrics = together.program(_state_metrics)
+            self.pictures = together.program(images.pictures)
+
+
+def _act_one(state: Any, acting: Any, frame: jax.Array, key: jax.Array, step: int, first: jax.Array) -> Any:
+    actions, acting = _act(state, acting, frame[None], key, step, first[None])
+    return actions[0], acting
+
+
+def _each(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda state, *arrays: function(state, *(array[None] for array in arrays))
+
+
 def train(
     config: RunConfig,
     environment: Env,
@@ -97,64 +150,100 @@ def train(
     on_measured: Callable[[float, int], str | None] = lambda seconds, steps_left: None,
     check: bool = False,
 ) -> Training:
+    """Trains one agent; see `Member` and `train_together` for the arguments."""
+    member = Member(environment, key, writer, checkpoints, snapshot)
+    (training,) = train_together(
+        config,
+        [member],
+        state,
+        Together(1),
+        progress=progress,
+        stop=stop,
+        on_measured=on_measured,
+        check=check,
+    )
+    return training
+
+
+def train_together(
+    config: RunConfig,
+    members: Sequence[Member],
+    state: Any,
+    together: Together,
+    *,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+    on_measured: Callable[[float, int], str | None] = lambda seconds, steps_left: None,
+    check: bool = False,
+) -> list[Training]:
     """Trains until `config.steps` agent steps are done.
 
     Uniformly random actions for the first `warmup_steps`, then the policy's, with one update per step.
 
     Args:
-      config: The run's configuration.
-      environment: One environment (`num_envs` 1), freshly made.
-      state: `AgentState`, fresh or that of `snapshot`; donated, do not use it afterwards.
-      key: PRNG key, consumed.
-      writer: Where scalars and images go.
+      config: The run's configuration, the same for all members (but for the seed, which is not looked at).
+      members: One per agent.
+      state: `AgentState`, fresh or that of the snapshots, of all members (`together.stack`); donated, do not use it
+        afterwards.
+      together: How the agents lie on the devices.
       progress: The progress bar.
-      checkpoints: Where checkpoints go, one every `logging.checkpoint_every` steps, one at the end, and one where the
-        training is ended early.
-      snapshot: Where to go on from; None to start at step 0.
       stop: Asked after every step; True saves and ends the training.
       on_measured: Called once with (seconds per step, steps left) after the first measured updates; what it returns is
         shown to the user.
-      check: Check the agent's invariants after every step, slowly (AssertionError).
+      check: Check the agents' invariants after every step, slowly (AssertionError).
+
+    Returns:
+      What came of it, one per member.
     """
-    loop = _Loop(config, environment, state, key, writer, progress, checkpoints, stop, on_measured, check)
-    return loop.run(snapshot)
+    with contextlib.ExitStack() as stack:
+        loop = _Loop(config, members, state, together, progress, stop, on_measured, check, stack)
+        return loop.run()
 
 
 class _Loop:
-    """The state of `train`, so that its steps can be read one by one."""
+    """The state of `train_together`, so that its steps can be read one by one."""
 
     def __init__(
         self,
         config: RunConfig,
-        environment: Env,
+        members: Sequence[Member],
         state: Any,
-        key: jax.Array,
-        writer: Writer,
+        together: Together,
         progress: Progress,
-        checkpoints: Checkpoints | None,
         stop: Callable[[], bool],
         on_measured: Callable[[float, int], str | None],
         check: bool,
+        stack: contextlib.ExitStack,
     ) -> None:
-        self.config, self.environment, self.state = config, environment, state
-        self.writer, self.progress, self.checkpoints = writer, progress, checkpoints
-        self.stop, self.on_measured, self.check = stop, on_measured, check
-        self.now = LoopState.fresh(key, agent.initial_acting(state, 1))
+        self.config, self.members, self.state, self.together = config, members, state, together
+        self.progress, self.stop, self.on_measured, self.check = progress, stop, on_measured, check
+        self.programs = _Programs(together)
+        acting = together.stack([agent.initial_acting(state, 1)] * together.count)
+        self.now = LoopState.fresh(together, [member.key for member in members], acting)
+        self.act_keys = self.keys("act_key")
+        self.threads = None
+        if together.count > 1:
+            self.threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(together.count, "environment"))
+        self.environments_known = True
         self.unmeasured = 0  # of the seconds per step, how many are of earlier parts of the run
         self.start = time.perf_counter()
         self.interval_start = self.start, 0  # (time, step) at which the metrics interval began
 
-    def run(self, snapshot: Snapshot | None) -> Training:
-        done = 0 if snapshot is None else snapshot.step
+    def keys(self, name: str) -> jax.Array:
+        """Keys of all agents, on their devices."""
+        return self.together.stack([getattr(seat, name) for seat in self.now.seats])
+
+    def run(self) -> list[Training]:
+        first = done = 0 if self.members[0].snapshot is None else self.members[0].snapshot.step
         self.interval_start = self.start, done
-        first, acting = done, self.now.acting
+        acting = self.now.acting
         stopped = fault = None
         try:
-            observation = attempt(self.environment.reset) if snapshot is None else self.go_on(snapshot)
+            observations = self.begin()
             for step in range(done, self.config.steps):
                 before = time.perf_counter()
                 acting = self.now.acting
-                observation = self.step(step, observation)
+                observations = self.step(step, observations)
                 done = step + 1
                 if done == self.config.steps:
                     self.feed()
@@ -169,102 +258,151 @@ class _Loop:
         except EmulatorError as error:
             fault = f"the emulator failed in step {done}: {error}"
             self.now.acting = acting  # the step will be taken again
+            # Of several environments, some have played the step and some have not.
+            self.environments_known = self.together.count == 1
         except watch.NotFiniteError as error:
-            fault = f"{error}{self.keep_batch(done)}"
-        if self.checkpoints is not None:
-            if done > first and (stopped is not None or fault is not None):
-                self.save(self.checkpoints, done)
-            self.checkpoints.wait()
+            fault = f"{error}{self.keep_batches(done)}"
+        if done > first and (stopped is not None or fault is not None):
+            self.save(done)
+        for member in self.members:
+            if member.checkpoints is not None:
+                member.checkpoints.wait()
         jax.block_until_ready(self.state)
+        return self.results(stopped, fault)
+
+    def results(self, stopped: int | None, fault: str | None) -> list[Training]:
+        """What came of the run, one per member."""
         median = 1e3 * float(np.median(self.now.step_seconds)) if self.now.step_seconds else None
         part = time.perf_counter() - self.start
-        return Training(
-            state=self.state,
-            returns=self.now.returns,
-            wall_clock_s=self.now.seconds_before + part,
-            this_part_s=part,
-            ms_per_step=median,
-            stopped=stopped,
-            fault=fault,
-        )
+        states = [self.state]
+        if self.together.count > 1:
+            # A copy of every replay would need as much memory again.
+            small = dataclasses.replace(self.state, replay=None)
+            states = [self.together.agent(small, index) for index in range(self.together.count)]
+        return [
+            Training(
+                state=state,
+                returns=seat.returns,
+                wall_clock_s=self.now.seconds_before + part,
+                this_part_s=part,
+                ms_per_step=median,
+                stopped=stopped,
+                fault=fault,
+            )
+            for state, seat in zip(states, self.now.seats)
+        ]
 
-    def step(self, step: int, observation: Observation) -> Observation:
-        """One agent step from `observation`; returns the observation to act on next."""
+    def begin(self) -> list[Observation]:
+        """The first observations: of fresh environments, or where the snapshots were taken."""
+        snapshots = [member.snapshot for member in self.members if member.snapshot is not None]
+        if not snapshots:
+            return [attempt(member.environment.reset) for member in self.members]
+        environments = [member.environment for member in self.members]
+        with self.progress.part("the emulator, step by step") as on_step:
+            observations = self.now.restore(snapshots, environments, on_step, self.progress.say)
+        self.act_keys = self.keys("act_key")
+        self.unmeasured = len(self.now.step_seconds)
+        return observations
+
+    def step(self, step: int, observations: list[Observation]) -> list[Observation]:
+        """One agent step from `observations`; returns those to act on next."""
+        shown = _concatenated([observation.frames for observation in observations])
+        firsts = _concatenated([observation.first for observation in observations])
         # A copy, because on CPU the device array might otherwise share the environment's memory.
-        frames = jax.device_put(observation.frames, may_alias=False)
-        chosen = self.choose(step, frames, observation.first)
+        frames = self.together.put(shown)
+        chosen = self.choose(step, frames, firsts)
         # Queued before the action is fetched, so that the device goes from one to the other without waiting for Python;
         # it works through this update while the emulator plays.
         self.feed()
         actions = np.asarray(chosen)  # waits for the action alone
-        after = attempt(self.environment.step, actions)
-        # A second call resets, whatever the action: it is no agent step and its row is not stored.
-        following = attempt(self.environment.step, actions) if after.last[0] else after
-        row = Row(observation.frames, actions, after.rewards, after.terminals, observation.first)
-        self.now.pending = Pending(row, frames)
-        self.now.episode_return += float(after.rewards[0])
-        self.now.episode_length += 1
-        if after.last[0]:
-            self.end_episode(step + 1)
-        return following
+        played = self.play([actions[index : index + 1] for index in range(len(self.members))])
+        after = [first for first, _ in played]
+        rewards, terminals = (_concatenated([getattr(one, name) for one in after]) for name in ("rewards", "terminals"))
+        self.now.pending = Pending(Row(shown, actions, rewards, terminals, firsts), frames)
+        for index, (seat, observation) in enumerate(zip(self.now.seats, after)):
+            seat.episode_return += float(observation.rewards[0])
+            seat.episode_length += 1
+            if observation.last[0]:
+                self.end_episode(index, step + 1)
+        return [following for _, following in played]
 
-    def choose(self, step: int, frames: jax.Array, first: np.ndarray) -> np.ndarray | jax.Array:
-        """[1] int32: random during warm-up, then from the policy. Does not wait for the device."""
+    def play(self, actions: list[np.ndarray]) -> list[tuple[Observation, Observation]]:
+        """Every environment's step [1] with its action: what came of it, and what to act on next."""
+        environments = [member.environment for member in self.members]
+        if self.threads is None:
+            return [_play(environment, action) for environment, action in zip(environments, actions)]
+        return list(self.threads.map(_play, environments, actions))
+
+    def choose(self, step: int, frames: jax.Array, firsts: np.ndarray) -> np.ndarray | jax.Array:
+        """[N] int32: random during warm-up, then from the policies. Does not wait for the device."""
         if step < self.config.agent.warmup_steps:
-            return self.now.warmup_rng.integers(self.environment.num_actions, size=1, dtype=np.int32)
-        actions, self.now.acting = _act(self.state, self.now.acting, frames, self.now.act_key, step, first)
+            size, seats = self.members[0].environment.num_actions, self.now.seats
+            return _concatenated([seat.warmup_rng.integers(size, size=1, dtype=np.int32) for seat in seats])
+        actions, self.now.acting = self.programs.act(self.state, self.now.acting, frames, self.act_keys, step, firsts)
         return actions
 
     def feed(self) -> None:
-        """Gives the agent the pending transition: only stored during warm-up, with an update afterwards."""
+        """Gives the agents the pending transitions: only stored during warm-up, with an update afterwards."""
         if self.now.pending is None:
             return
-        transition = self.now.pending.arrays()
-        if self.checkpoints is not None:
-            self.checkpoints.add(self.now.pending.row)
+        transitions = self.now.pending.arrays()
+        for index, member in enumerate(self.members):
+            if member.checkpoints is not None:
+                member.checkpoints.add(self.now.pending.row(index))
         self.now.pending = None
         if self.now.fed < self.config.agent.warmup_steps:
-            self.state = observe(self.state, *transition)
+            self.state = self.programs.observe(self.state, *transitions)
         else:
-            self.state, metrics = update(self.state, *transition)
+            self.state, metrics = self.programs.update(self.state, *transitions)
             self.now.metrics.add(metrics)
         self.now.fed += 1
         if self.check:
-            watch.check_invariants(self.state, self.now.fed)
+            for index in range(self.together.count):
+                watch.check_invariants(self.together.agent(self.state, index), self.now.fed)
 
-    def end_episode(self, steps_done: int) -> None:
-        """Logs the episode that has just ended."""
-        self.now.returns.append((steps_done, self.now.episode_return))
-        self.writer.scalars(
-            steps_done,
-            {
-                "charts/episodic_return": self.now.episode_return,
-                "charts/episodic_length": float(self.now.episode_length),
-            },
-        )
-        self.progress.show(last_return=f"{self.now.episode_return:g}")
-        self.now.episode_return, self.now.episode_length = 0.0, 0
+    def end_episode(self, index: int, steps_done: int) -> None:
+        """Logs an agent's episode that has just ended."""
+        seat = self.now.seats[index]
+        seat.returns.append((steps_done, seat.episode_return))
+        values = {"charts/episodic_return": seat.episode_return, "charts/episodic_length": float(seat.episode_length)}
+        self.members[index].writer.scalars(steps_done, values)
+        self.progress.show(last_return=f"{seat.episode_return:g}")
+        seat.episode_return, seat.episode_length = 0.0, 0
 
     def record(self, steps_done: int) -> None:
         """Writes metrics, images and checkpoints where they are due: at intervals and at the end."""
         logging, end = self.config.logging, steps_done == self.config.steps
         if end or steps_done % logging.metrics_every == 0:
-            values = self.now.metrics.fetch() | jax.device_get(_state_metrics(self.state))
-            now = time.perf_counter()
-            then, step_then = self.interval_start
-            self.interval_start = now, steps_done
-            self.writer.scalars(steps_done, {**values, "charts/SPS": (steps_done - step_then) / (now - then)})
-            watch.check_skipped(values["guard/skipped_in_a_row"], self.config.max_skipped_updates)
+            self.record_metrics(steps_done)
         if (end or steps_done % logging.images_every == 0) and self.now.fed > self.config.agent.warmup_steps:
-            images.log(self.writer, steps_done, self.state, jax.random.fold_in(self.now.image_key, steps_done))
-        if (end or steps_done % logging.checkpoint_every == 0) and self.checkpoints is not None:
-            self.save(self.checkpoints, steps_done)
+            keys = [jax.random.fold_in(seat.image_key, steps_done) for seat in self.now.seats]
+            pictures = jax.device_get(self.programs.pictures(self.state, self.together.stack(keys)))
+            for index, member in enumerate(self.members):
+                images.write(member.writer, steps_done, *self.together.agent(pictures, index))
+        if end or steps_done % logging.checkpoint_every == 0:
+            self.save(steps_done)
 
-    def keep_batch(self, steps_done: int) -> str:
-        """Writes the batch of the last skipped world-model update; returns where it is, to be appended to a message."""
-        batch = watch.skipped_batch(self.state)
-        path = None if batch is None else self.writer.arrays(steps_done, "not-finite", batch)
-        return "" if path is None else f"; their last batch is in {path}"
+    def record_metrics(self, steps_done: int) -> None:
+        """One line of metrics per agent."""
+        values = self.now.metrics.fetch() | jax.device_get(self.programs.metrics(self.state))
+        now = time.perf_counter()
+        then, step_then = self.interval_start
+        self.interval_start = now, steps_done
+        speed = {"charts/SPS": (steps_done - step_then) / (now - then)}
+        own = [self.together.of_host(values, index) for index in range(self.together.count)]
+        for member, scalars in zip(self.members, own):
+            member.writer.scalars(steps_done, {tag: float(value) for tag, value in scalars.items()} | speed)
+        for scalars in own:
+            watch.check_skipped(float(scalars["guard/skipped_in_a_row"]), self.config.max_skipped_updates)
+
+    def keep_batches(self, steps_done: int) -> str:
+        """Writes the batches of skipped world-model updates; returns where they are, to be appended to a message."""
+        paths = []
+        for index, member in enumerate(self.members):
+            batch = watch.skipped_batch(self.together.agent(self.state, index))
+            paths.append(None if batch is None else member.writer.arrays(steps_done, "not-finite", batch))
+        written = [str(path) for path in paths if path is not None]
+        return f"; their last batch is in {', '.join(written)}" if written else ""
 
     def estimate(self, steps_done: int) -> None:
         """Reports the speed once, after `_MEASURED_UPDATES` updates that compiled nothing."""
@@ -278,22 +416,25 @@ class _Loop:
         """Wall clock of all parts of the run so far."""
         return self.now.seconds_before + time.perf_counter() - self.start
 
-    def go_on(self, snapshot: Snapshot) -> Observation:
-        """Puts all but the agent back to where it was; returns the observation to act on next."""
-        with self.progress.part("the emulator, step by step") as on_step:
-            observation = self.now.restore(snapshot, self.environment, on_step, self.progress.say)
-        self.unmeasured = len(self.now.step_seconds)
-        return observation
-
-    def save(self, checkpoints: Checkpoints, steps_done: int) -> None:
-        """Starts to save the run as it is after `steps_done` steps, unless that has been done."""
-        checkpoints.wait()
-        if checkpoints.saved != steps_done:
-            checkpoints.save(
-                self.now.snapshot(steps_done, self.state, self.environment, self.seconds(), self.progress.say)
-            )
+    def save(self, steps_done: int) -> None:
+        """Starts to save the run as it is after `steps_done` steps, where that is wanted and has not been done."""
+        wanted = [member.checkpoints for member in self.members if member.checkpoints is not None]
+        for checkpoints in wanted:
+            checkpoints.wait()
+        if all(checkpoints.saved == steps_done for checkpoints in wanted):
+            return
+        environments = [member.environment if self.environments_known else None for member in self.members]
+        snapshots = self.now.snapshots(steps_done, self.state, environments, self.seconds(), self.progress.say)
+        for member, snapshot in zip(self.members, snapshots):
+            if member.checkpoints is not None and member.checkpoints.saved != steps_done:
+                member.checkpoints.save(snapshot)
 
 
-@jax.jit
-def _state_metrics(state: Any) -> dict[str, jax.Array]:
-    return agent.state_metrics(state)
+def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _play(environment: Env, action: np.ndarray) -> tuple[Observation, Observation]:
+    after = attempt(environment.step, action)
+    # A second call resets, whatever the action: it is no agent step and its row is not stored.
+    return after, attempt(environment.step, action) if after.last[0] else after

@@ -64,7 +64,7 @@ def train(
     stop=lambda: False,
 ):
     monkeypatch.setattr(loop, "agent", AGENT)
-    monkeypatch.setattr(images, "_pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
+    monkeypatch.setattr(images, "pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
     with Writer(tmp_path, run_config(steps).logging) as writer:
         progress = Progress(steps, False, "training")
         return loop.train(
