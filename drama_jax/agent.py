@@ -20,7 +20,16 @@ import jax.numpy as jnp
 
 from drama_jax import checks, distributions, guard, imagination, replay, world_model
 from drama_jax.acting import Acting, EncodedActing, act, initial_acting, initial_encoded_acting
-from drama_jax.agent_state import AgentState, Hyper, episode_segments, init, policy_input, resolve, sample_latent
+from drama_jax.agent_state import (
+    AgentState,
+    Hyper,
+    episode_segments,
+    hyper,
+    init,
+    policy_input,
+    resolve,
+    sample_latent,
+)
 from drama_jax.behaviour import actor_critic, normalisers
 from drama_jax.precision import at_least_float32
 from drama_jax.replay import Batch, Replay, Transition
@@ -34,6 +43,7 @@ __all__ = [
     "Metrics",
     "act",
     "episode_segments",
+    "hyper",
     "imagine",
     "imagine_video",
     "init",

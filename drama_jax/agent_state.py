@@ -54,6 +54,17 @@ def resolve(config: AgentConfig) -> AgentConfig:
     return dataclasses.replace(config, world_model=decide(config.world_model), behaviour=decide(config.behaviour))
 
 
+def hyper(config: AgentConfig) -> Hyper:
+    """The numbers of a configuration that may differ between agents of one program."""
+    return Hyper(
+        world_model_learning_rate=jnp.asarray(config.world_model.optimizer.learning_rate, jnp.float32),
+        behaviour_learning_rate=jnp.asarray(config.behaviour.optimizer.learning_rate, jnp.float32),
+        entropy_scale=jnp.asarray(config.behaviour.entropy_scale, jnp.float32),
+        tau=jnp.asarray(config.replay.tau, jnp.float32),
+        imagination_tau=jnp.asarray(config.replay.imagination_tau, jnp.float32),
+    )
+
+
 def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
     """A fresh agent with an empty replay. The key is consumed."""
     checks.key("agent.init", key)
@@ -64,13 +75,7 @@ def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
         world_model=world_model.init(model_key, config.world_model, num_actions),
         behaviour=actor_critic.init(behaviour_key, config.behaviour, config.world_model.feature_size, num_actions),
         replay=replay.init(config.replay, config.world_model.autoencoder.image_shape),
-        hyper=Hyper(
-            world_model_learning_rate=jnp.asarray(config.world_model.optimizer.learning_rate, jnp.float32),
-            behaviour_learning_rate=jnp.asarray(config.behaviour.optimizer.learning_rate, jnp.float32),
-            entropy_scale=jnp.asarray(config.behaviour.entropy_scale, jnp.float32),
-            tau=jnp.asarray(config.replay.tau, jnp.float32),
-            imagination_tau=jnp.asarray(config.replay.imagination_tau, jnp.float32),
-        ),
+        hyper=hyper(config),
         guard=guard.init(config.world_model.batch_size),
         key=key,
         config=config,

@@ -2,16 +2,14 @@
 
     python -m experiments.atari100k --game Breakout --preset tiny
 
-Steps are agent steps; one step is four emulator frames, so the default of 100,000 steps is 400,000 frames.
+Steps are agent steps; one step is four emulator frames, so the default of 100,000 steps is 400,000 frames. With
+`--seeds` or `--sweep` several agents are trained in one process, each with the files of a run of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,42 +17,23 @@ from typing import Any
 
 import jax
 
-from drama_jax.config import AgentConfig, ConfigError, RunConfig
-from drama_jax.envs import Env, make_atari
+from drama_jax import agent
+from drama_jax.config import ConfigError
 from drama_jax.envs.base import EmulatorError
 from drama_jax.envs.games import canonical_game
-from drama_jax.training import checkpoint, evaluation, loop, resume, run_directory, scores
-from drama_jax.training.checkpoint import Checkpoints, Snapshot
+from drama_jax.training import evaluation, loop, resume, run_directory, scores
+from drama_jax.training.checkpoint import Checkpoints
 from drama_jax.training.logging import Progress, Writer
-from drama_jax.training.replay_log import Segment
 from drama_jax.training.signals import stop_requested
-from experiments import command_line
+from drama_jax.training.together import Together
+from experiments import command_line, machine
+from experiments.runs import Run, prepare
 
 _PROGRAM = "python -m experiments.atari100k"
 
 
 class Failed(RuntimeError):  # noqa: N818 - the run did, not this program
     """The run ended early through no mistake of the user; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run directory, locked, and where the run stands."""
-
-    game: str
-    config: RunConfig
-    preset: str
-    directory: pathlib.Path
-    identity: str
-    snapshot: Snapshot | None
-    """Where to go on from; None to start at step 0."""
-    segments: list[Segment]
-    """The replay on disk."""
-
-    @property
-    def step(self) -> int:
-        """Agent steps done."""
-        return 0 if self.snapshot is None else self.snapshot.step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,12 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options, config = command_line.parse(arguments, _PROGRAM)
+        planned = command_line.plan(options, config)
         if options.deterministic:
-            make_deterministic()
+            machine.make_deterministic()
         jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
-            directory, finished = run(options, config, stop)
+            runs, finished = run(options, planned, stop)
         if not finished:
+            directory = runs[0].directory if len(planned) == 1 else options.logdir
             print(f"stopped; to continue:\n{command_line.to_continue(arguments, _PROGRAM, directory)}", flush=True)
     except (ConfigError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(
-            f"error: the device has not enough memory ({' '.join(str(error).split())[:200]}); lower the batch sizes or "
-            f"--agent.replay.capacity",
+            f"error: the device has not enough memory ({' '.join(str(error).split())[:200]}); lower the batch sizes, "
+            f"--agent.replay.capacity or --seeds",
             file=sys.stderr,
         )
         return 1
@@ -89,106 +70,121 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    options: command_line.AllOptions, config: RunConfig, stop: Callable[[], bool] = lambda: False
-) -> tuple[pathlib.Path, bool]:
+    options: command_line.AllOptions,
+    planned: Sequence[command_line.Planned],
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[Run], bool]:
     """Trains and evaluates, or goes on with that. Everything is checked before a run directory is created.
 
     Returns:
-      The run directory, and whether the run is finished (it is not if `stop` has ended it).
+      The runs, and whether they are finished (they are not if `stop` has ended them).
 
     Raises:
-      ConfigError: if the run cannot start.
-      Failed: if the emulator failed, or the last checkpoint could not be saved.
+      ConfigError: if they cannot start.
+      Failed: if an emulator failed, or a last checkpoint could not be saved.
     """
     start = time.perf_counter()
+    config = planned[0].config
     try:
         game = canonical_game(options.game)
     except ConfigError as error:
         raise ConfigError(f"--game: {error}") from None
     run_directory.check(options.logdir)
-    check_memory(config.agent, jax.devices()[0].memory_stats())
-    keep_compiled_programs(options.compilation_cache)
-    init_key, train_key, evaluation_key = jax.random.split(jax.random.key(config.seed), 3)
-    with contextlib.ExitStack() as stack:
-        with contextlib.closing(make_environment(game, config, num_envs=1)) as environment:
-            this = prepare(options, game, config, stack)
-            if this.snapshot is None:
-                state = loop.initial_state(init_key, config.agent, environment.num_actions)
-            else:
-                state = resume.restored_state(
-                    this.directory, config, environment.num_actions, this.snapshot, this.segments
-                )
-            training, unsaved = train(this, environment, state, train_key, stop, check=options.check)
-            del state
-        if training.fault is not None:
-            raise Failed(
-                f"{training.fault}. What was learnt is saved in {this.directory}; the same command continues there"
-            )
-        returns = None if training.stopped else evaluate(this, training.state, evaluation_key, stop)
-        if returns is not None:
-            before = training.wall_clock_s - training.this_part_s
-            report(this, training, returns, before + time.perf_counter() - start)
-        if unsaved is not None:
-            raise Failed(f"the last checkpoint of {this.directory} could not be saved ({unsaved})")
-    return this.directory, returns is not None
-
-
-def prepare(options: command_line.Options, game: str, config: RunConfig, stack: contextlib.ExitStack) -> Run:
-    """Finds the run to continue or creates a new directory, and locks it until `stack` is closed.
-
-    Raises:
-      ConfigError: if it cannot be continued as asked for, or is in use.
-    """
-    directory = resume.find(options.logdir, game, options.preset, config, resume=options.resume, say=_say)
-    if directory is None:
-        directory = run_directory.create(options.logdir, game, options.preset, config)
-        stack.enter_context(run_directory.lock(directory))
-        print(f"run directory {directory}", flush=True)
-        return Run(game, config, options.preset, directory, resume.read(directory)["id"], None, [])
-    identity, changed = resume.check(directory, game, options.preset, config)
-    stack.enter_context(run_directory.lock(directory))
-    snapshot, segments = checkpoint.load(directory, identity, _say) or (None, [])
-    step = 0 if snapshot is None else snapshot.step
-    if step > config.steps:
-        raise ConfigError(f"--steps {config.steps}: the run in {directory} has done {step} steps already")
-    resume.note(directory, config, step, changed)
-    resume.cut_metrics(directory, step)
-    none = "" if snapshot is not None else ", as it has no checkpoint yet"
-    print(f"run directory {directory}: going on from step {step}{none}", flush=True)
-    resume.announce(changed, _say)
-    return Run(game, config, options.preset, directory, identity, snapshot, segments)
+    devices = machine.choose_devices(options.devices, len(planned))
+    machine.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
+    machine.keep_compiled_programs(options.compilation_cache)
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as games:
+        environments = {
+            one.config: games.enter_context(contextlib.closing(machine.make_environment(game, one.config, num_envs=1)))
+            for one in planned
+        }
+        runs = prepare(options, game, planned, stack)
+        trainings, unsaved = train(runs, [environments[one.config] for one in runs], options, stop)
+        games.close()
+        finished = evaluate_all(runs, trainings, start, stop)
+        if unsaved:
+            raise Failed("; ".join(unsaved))
+    return runs, finished
 
 
 def train(
-    this: Run, environment: Env, state: Any, key: jax.Array, stop: Callable[[], bool], *, check: bool
-) -> tuple[loop.Training, str | None]:
-    """The training run with its files and its progress bar, and why its last checkpoint could not be saved, if so."""
-    config = this.config
-    with (
-        contextlib.closing(Progress(config.steps, config.logging.progress, "training", this.step)) as progress,
-        Writer(this.directory, config.logging, start=this.step, say=progress.say) as writer,
-        contextlib.closing(
-            Checkpoints(this.directory, this.identity, config.agent.replay.capacity, this.segments, progress.say)
-        ) as checkpoints,
-    ):
+    runs: Sequence[Run], environments: Sequence[Any], options: command_line.AllOptions, stop: Callable[[], bool]
+) -> tuple[list[loop.Training], list[str]]:
+    """The training runs with their files and a progress bar, and which last checkpoints could not be saved, and why.
+
+    Raises:
+      Failed: if an emulator failed, or updates were not finite.
+    """
+    config, first = runs[0].config, runs[0]
+    together = Together(len(runs), machine.choose_devices(options.devices, len(runs)))
+    state = initial(runs, environments[0].num_actions, together)
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(
+            contextlib.closing(Progress(config.steps, config.logging.progress, "training", first.step))
+        )
+        members = [_member(one, environment, progress, stack) for one, environment in zip(runs, environments)]
 
         def on_measured(seconds: float, steps_left: int) -> str | None:
-            return slow_device_notice(this.preset, seconds, steps_left)
+            return machine.slow_device_notice(first.preset, seconds, steps_left)
 
-        training = loop.train(
-            config,
-            environment,
-            state,
-            key,
-            writer=writer,
-            progress=progress,
-            checkpoints=checkpoints,
-            snapshot=this.snapshot,
-            stop=stop,
-            on_measured=on_measured,
-            check=check,
+        trainings = loop.train_together(
+            config, members, state, together, progress=progress, stop=stop, on_measured=on_measured, check=options.check
         )
-        return training, checkpoints.error
+        files = [(one, member.checkpoints) for one, member in zip(runs, members) if member.checkpoints is not None]
+        unsaved = [
+            f"the last checkpoint of {one.directory} could not be saved ({checkpoints.error})"
+            for one, checkpoints in files
+            if checkpoints.error is not None
+        ]
+    if trainings[0].fault is not None:
+        where = ", ".join(str(one.directory) for one in runs)
+        raise Failed(f"{trainings[0].fault}. What was learnt is saved in {where}; the same command continues there")
+    return trainings, unsaved
+
+
+def _member(run: Run, environment: Any, progress: Progress, stack: contextlib.ExitStack) -> loop.Member:
+    writer = stack.enter_context(Writer(run.directory, run.config.logging, start=run.step, say=progress.say))
+    checkpoints = stack.enter_context(
+        contextlib.closing(
+            Checkpoints(run.directory, run.identity, run.config.agent.replay.capacity, run.segments, progress.say)
+        )
+    )
+    _, train_key, _ = _keys(run)
+    return loop.Member(environment, train_key, writer, checkpoints, run.snapshot)
+
+
+def _keys(run: Run) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the initial state, the training and the evaluation."""
+    init_key, train_key, evaluation_key = jax.random.split(jax.random.key(run.config.seed), 3)
+    return init_key, train_key, evaluation_key
+
+
+def initial(runs: Sequence[Run], num_actions: int, together: Together) -> Any:
+    """The agents' states, fresh or from their checkpoints, stacked."""
+    # What is static is the first run's: the others differ in nothing that is not part of the state.
+    common, states = runs[0].config, []
+    for index, one in enumerate(runs):
+        with jax.default_device(together.device(index)):
+            if one.snapshot is None:
+                state = loop.initial_state(_keys(one)[0], common.agent, num_actions)
+                state = dataclasses.replace(state, hyper=agent.hyper(one.config.agent))
+            else:
+                state = resume.restored_state(one.directory, common, num_actions, one.snapshot, one.segments)
+            states.append(state)
+    return together.stack(states)
+
+
+def evaluate_all(
+    runs: Sequence[Run], trainings: Sequence[loop.Training], start: float, stop: Callable[[], bool]
+) -> bool:
+    """Evaluates and reports one run after the other; whether all are done (not if `stop` has ended it)."""
+    for one, training in zip(runs, trainings):
+        returns = None if training.stopped else evaluate(one, training.state, _keys(one)[2], stop)
+        if returns is None:
+            return False
+        before = training.wall_clock_s - training.this_part_s
+        report(one, training, returns, before + time.perf_counter() - start)
+    return True
 
 
 def evaluate(this: Run, state: Any, key: jax.Array, stop: Callable[[], bool]) -> list[float] | None:
@@ -204,7 +200,9 @@ def evaluate(this: Run, state: Any, key: jax.Array, stop: Callable[[], bool]) ->
     with (
         contextlib.closing(Progress(episodes, config.logging.progress, "evaluation")) as progress,
         Writer(this.directory, config.logging, say=progress.say) as writer,
-        contextlib.closing(make_environment(this.game, config, num_envs=num_envs, evaluation=True)) as environment,
+        contextlib.closing(
+            machine.make_environment(this.game, config, num_envs=num_envs, evaluation=True)
+        ) as environment,
     ):
         try:
             returns = evaluation.evaluate(
@@ -238,105 +236,6 @@ def report(this: Run, training: loop.Training, returns: list[float], seconds: fl
         scores.write(this.directory / "scores.json", result)
     except OSError as error:
         raise Failed(f"{this.directory / 'scores.json'}: {error.strerror}; the same command repeats it") from error
-
-
-def make_environment(game: str, config: RunConfig, *, num_envs: int, evaluation: bool = False) -> Env:
-    """The training environment, or those of the evaluation with their own seeds and step limit.
-
-    Raises:
-      ConfigError: if the emulator is missing or refuses its settings.
-    """
-    atari, seed = config.atari, config.seed
-    if evaluation:
-        atari = dataclasses.replace(atari, max_episode_steps=config.evaluation.max_episode_steps)
-        seed += 1  # the training environment has one seed only
-    image_size = config.agent.world_model.autoencoder.image_size
-    try:
-        return make_atari(game, atari, num_envs=num_envs, image_size=image_size, seed=seed)
-    except ConfigError as error:
-        message = command_line.with_flags(str(error))
-        raise ConfigError(
-            message if message.startswith("--") else f"--env-backend {atari.backend}: {message}"
-        ) from None
-
-
-def check_memory(config: AgentConfig, stats: dict[str, int] | None) -> None:
-    """Raises a ConfigError if what must be in memory at once does not fit the device.
-
-    Args:
-      config: The agent's configuration.
-      stats: The device's memory statistics; None where it keeps none, as on a CPU, whose memory is the machine's.
-    """
-    try:
-        needed = memory_needed(config)
-    except ConfigError as error:
-        raise ConfigError(command_line.with_flags(str(error))) from None
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(f"--agent: arrays of these sizes cannot be made ({' '.join(str(error).split())})") from error
-    if stats and "bytes_limit" in stats:
-        free, where = stats["bytes_limit"] - stats.get("bytes_in_use", 0), "device memory"
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        free, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory"
-    else:
-        return
-    total = sum(needed.values())
-    if total > free:
-        flag = max(needed, key=lambda name: needed[name])
-        raise ConfigError(
-            f"{flag}: needs {needed[flag]:,} of {total:,} bytes of {where}, but {free:,} are free; lower it"
-        )
-
-
-def memory_needed(config: AgentConfig) -> dict[str, int]:
-    """Flag -> bytes that it makes the agent take; less than in truth, as activations are left out."""
-
-    def size(tree: Any) -> int:
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    state = loop.shapes(config, num_actions=18)
-    wm, im = config.world_model, config.imagination
-    frame = math.prod(wm.autoencoder.image_shape)
-    return {
-        f"--agent.replay.capacity {config.replay.capacity}": size(state.replay),
-        "--agent.world-model (sizes)": size(state.world_model),
-        "--agent.behaviour (sizes)": size(state.behaviour),
-        f"--agent.acting-context {config.acting_context}": config.acting_context * frame,
-        f"--agent.world-model.batch-size {wm.batch_size}": wm.batch_size * wm.batch_length * frame,
-        f"--agent.imagination.horizon {im.horizon}": im.batch_size * (im.horizon + 1) * wm.feature_size * 2,
-    }
-
-
-def keep_compiled_programs(directory: pathlib.Path | None) -> None:
-    """Lets JAX keep compiled programs in `directory`, so that the next run starts at once; None leaves JAX as it is."""
-    if directory is not None and str(directory).lower() != "none":
-        try:
-            path = directory.expanduser()
-        except RuntimeError as error:
-            raise ConfigError(f"--compilation-cache {directory}: {error}") from error
-        jax.config.update("jax_compilation_cache_dir", str(path))
-
-
-def make_deterministic() -> None:
-    """Asks XLA for programs that give the same bits in every run; before JAX has started the device."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def slow_device_notice(preset: str, seconds: float, steps_left: int) -> str | None:
-    """How long the run will take, for a run on a CPU of any preset but tiny."""
-    if preset == "tiny" or jax.default_backend() != "cpu":
-        return None
-    total = seconds * steps_left
-    unit, size = next((pair for pair in (("days", 86_400), ("hours", 3_600)) if total > 2 * pair[1]), ("minutes", 60))
-    return (
-        f"No GPU found: at {seconds:.2g} s per step the remaining {steps_left:,} steps take about "
-        f"{total / size:.1f} {unit} on this CPU. `--preset tiny` ends in minutes. Going on."
-    )
 
 
 if __name__ == "__main__":

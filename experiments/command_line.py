@@ -18,6 +18,7 @@ import tyro
 from drama_jax.config import AgentConfig, AtariConfig, ConfigError, EvaluationConfig, LoggingConfig, RunConfig, preset
 
 Parsed = TypeVar("Parsed")
+_MOST_AGENTS = 1024
 _PRESETS = ("tiny", "xs", "s", "reference")
 _DESCRIPTION = """Trains Drama on one Atari game and evaluates it. Steps are agent steps: 1 step = 4 emulator frames.
 
@@ -39,6 +40,10 @@ class Options:
     """Agent steps to train for."""
     seed: int
     """Seed of everything random."""
+    seeds: int
+    """Agents to train in one process, of seeds SEED, SEED + 1, ...; each has its own run directory."""
+    devices: int | None
+    """GPUs of this machine to share the agents out to; as many as divide their number if not given."""
     logdir: pathlib.Path
     """Runs go to LOGDIR/GAME/PRESET/seedK-TIME. May also be such a directory, to continue that run."""
     env_backend: Literal["envpool", "ale"]
@@ -56,9 +61,53 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Several values of one number: an agent for each, all in one process; with --seeds, so many for each.
+
+    Of two numbers with as many values the first belong together, the second, and so on."""
+
+    learning_rate: tuple[float, ...] = ()
+    """Of the world model."""
+    behaviour_learning_rate: tuple[float, ...] = ()
+    """Of actor and critic."""
+    entropy_scale: tuple[float, ...] = ()
+    """Weight of the policy's entropy."""
+    tau: tuple[float, ...] = ()
+    """Temperature of the world model's sampler."""
+    imagination_tau: tuple[float, ...] = ()
+    """Temperature of imagination's sampler."""
+
+
+_SWEPT = {
+    "learning_rate": "agent/world_model/optimizer/learning_rate",
+    "behaviour_learning_rate": "agent/behaviour/optimizer/learning_rate",
+    "entropy_scale": "agent/behaviour/entropy_scale",
+    "tau": "agent/replay/tau",
+    "imagination_tau": "agent/replay/imagination_tau",
+}
+"""Field of `Sweep` -> the field of the configuration that it gives values to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One agent of a command."""
+
+    config: RunConfig
+    swept: dict[str, float]
+    """The fields of its configuration that `Sweep` has set, by path."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from the command's other agents."""
+        values = "".join(f" {path.rpartition('/')[2]} {value:g}" for path, value in self.swept.items())
+        return f"seed {self.config.seed}{values}"
+
+
+@dataclasses.dataclass(frozen=True)
 class AllOptions(Options):
     """The flags that most runs need, and every other field."""
 
+    sweep: Sweep
     agent: AgentConfig
     atari: AtariConfig
     evaluation: EvaluationConfig
@@ -88,6 +137,46 @@ def parse(arguments: Sequence[str], program: str) -> tuple[AllOptions, RunConfig
         return options, _resolve(options, base)
     except ConfigError as error:
         raise ConfigError(with_flags(str(error))) from None
+
+
+def plan(options: AllOptions, config: RunConfig) -> list[Planned]:
+    """The agents of a command: every seed with every value swept.
+
+    Raises:
+      ConfigError: if there are too many, or if a value cannot be taken.
+    """
+    given = {name: values for name, values in dataclasses.asdict(options.sweep).items() if values}
+    lengths = {name: len(values) for name, values in given.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"--sweep.{name.replace('_', '-')} has {count}" for name, count in lengths.items())
+        raise ConfigError(f"{counts} values; give each as many")
+    points = [dict(zip(given, values)) for values in zip(*given.values())] or [{}]
+    if not 1 <= options.seeds * len(points) <= _MOST_AGENTS:
+        raise ConfigError(
+            f"--seeds {options.seeds}: must be at least 1, and with the values swept at most {_MOST_AGENTS} agents"
+        )
+    if len({tuple(point.values()) for point in points}) < len(points):
+        raise ConfigError(f"--sweep.{next(iter(given)).replace('_', '-')} gives the same agent twice; leave one out")
+    return [
+        _planned(config, seed, {_SWEPT[name]: value for name, value in point.items()})
+        for point in points
+        for seed in range(config.seed, config.seed + options.seeds)
+    ]
+
+
+def _planned(config: RunConfig, seed: int, swept: dict[str, float]) -> Planned:
+    try:
+        config = dataclasses.replace(config, seed=seed)
+        for path, value in swept.items():
+            config = _with(config, path.split("/"), value)
+    except ConfigError as error:
+        raise ConfigError(with_flags(str(error))) from None
+    return Planned(config, swept)
+
+
+def _with(config: Any, path: Sequence[str], value: float) -> Any:
+    name, *rest = path
+    return dataclasses.replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
 
 
 def to_continue(arguments: Sequence[str], program: str, directory: pathlib.Path) -> str:
@@ -127,6 +216,9 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
         "preset": "xs",
         "steps": base.steps,
         "seed": base.seed,
+        "seeds": 1,
+        "devices": None,
+        "sweep": Sweep(),
         "logdir": pathlib.Path("runs"),
         "env_backend": base.atari.backend,
         "eval_episodes": base.evaluation.episodes,

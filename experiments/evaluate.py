@@ -22,8 +22,8 @@ from drama_jax.envs.base import EmulatorError
 from drama_jax.training import checkpoint, evaluation, run_directory, scores
 from drama_jax.training.logging import Progress
 from experiments import saved
-from experiments.atari100k import make_environment
 from experiments.command_line import parse_plain
+from experiments.machine import make_environment
 
 _PROGRAM = "python -m experiments.evaluate"
 

@@ -25,8 +25,8 @@ from drama_jax.envs.base import Env
 from drama_jax.replay import Batch
 from drama_jax.training import run_directory
 from experiments import figures, saved
-from experiments.atari100k import make_environment
 from experiments.command_line import parse_plain
+from experiments.machine import make_environment
 
 _DREAMT = 16
 """Imagined steps shown."""

@@ -145,10 +145,13 @@ def _remove_old(run: pathlib.Path, log: ReplayLog) -> None:
     log.remove_except({name for one in kept for name in one.segments})
 
 
-def load(run: pathlib.Path, identity: str, say: Callable[[str], None] = print) -> tuple[Snapshot, list[Segment]] | None:
+def load(
+    run: pathlib.Path, identity: str, say: Callable[[str], None] = print, *, at_most: int | None = None
+) -> tuple[Snapshot, list[Segment]] | None:
     """The newest checkpoint of a run that is whole, with the replay segments that belong to it.
 
-    Newer ones that are damaged are named in a message each, and renamed to `<step>.damaged`.
+    Newer ones that are damaged are named in a message each, and renamed to `<step>.damaged`. With `at_most`, those of
+    later steps are renamed to `<step>.ahead`.
 
     Returns:
       None if the run never completed a checkpoint.
@@ -157,6 +160,10 @@ def load(run: pathlib.Path, identity: str, say: Callable[[str], None] = print) -
       ConfigError: there are checkpoints, and none can be used.
     """
     steps, problems = _steps(run / FOLDER), []
+    for step in [step for step in steps if at_most is not None and step > at_most]:
+        ahead = run / FOLDER / str(step)
+        files.rename(ahead, _free(ahead.with_name(f"{step}.ahead")))
+        steps.remove(step)
     for step in steps:
         directory = run / FOLDER / str(step)
         try:

@@ -29,6 +29,7 @@ def find(
     config: RunConfig,
     *,
     resume: bool = True,
+    same: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> pathlib.Path | None:
     """The run directory to continue; None for a new run.
@@ -42,6 +43,7 @@ def find(
       preset: Name of the preset.
       config: Its `steps` and `seed` are looked at.
       resume: False for a new run in any case.
+      same: Values, by path of the field, that tell a run from others of this seed, as in a sweep.
       say: Shows a message to the user.
 
     Raises:
@@ -57,13 +59,21 @@ def find(
         return logdir
     if not resume:
         return None
-    paths = [path for path in logdir.glob(f"{game}/{preset}/seed{config.seed}-*") if is_run(path)]
+    paths = runs(logdir, game, preset, config, same)
     unfinished = [path for path in paths if not finished(path, config.steps)]
     if unfinished:
         return max(unfinished, key=lambda path: path.name)
     if paths:
         say(f"{max(paths, key=lambda path: path.name)} is finished; this is a new run")
     return None
+
+
+def runs(
+    logdir: pathlib.Path, game: str, preset: str, config: RunConfig, same: Mapping[str, Any] | None = None
+) -> list[pathlib.Path]:
+    """The directories of all runs of this game, preset and seed that have the values in `same`; see `find`."""
+    paths = [path for path in logdir.glob(f"{game}/{preset}/seed{config.seed}-*") if is_run(path)]
+    return [path for path in paths if not same or same.items() <= _flat(read(path)["config"]).items()]
 
 
 def is_run(path: pathlib.Path) -> bool:

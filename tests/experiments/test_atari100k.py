@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from drama_jax.config import AgentConfig, ConfigError, preset
 from drama_jax.training import checkpoint, loop
-from experiments import atari100k
+from experiments import atari100k, machine
 
 VERY_SMALL = """
 --preset tiny --steps 40 --eval-episodes 3 --compilation-cache None --evaluation.num-envs 2
@@ -151,13 +151,13 @@ def test_an_unwritable_log_directory_is_named(tmp_path, monkeypatch, capsys):
 def test_a_device_too_small_for_the_replay_says_the_bytes():
     config = AgentConfig()
     ring = config.replay.capacity * (64 * 64 * 3 + 18) + 8
-    needed = sum(atari100k.memory_needed(config).values())
+    needed = sum(machine.memory_needed(config).values())
     with pytest.raises(
         ConfigError, match=rf"--agent.replay.capacity 100000: needs {ring:,} of {needed:,} bytes .* 999 are free"
     ):
-        atari100k.check_memory(config, {"bytes_limit": 1_000, "bytes_in_use": 1})
-    atari100k.check_memory(config, {"bytes_limit": needed})
-    atari100k.check_memory(config, None)
+        machine.check_memory(config, {"bytes_limit": 1_000, "bytes_in_use": 1})
+    machine.check_memory(config, {"bytes_limit": needed})
+    machine.check_memory(config, None)
 
 
 @pytest.mark.parametrize(
@@ -165,29 +165,27 @@ def test_a_device_too_small_for_the_replay_says_the_bytes():
     [("xs", 12.0, 98_000, "13.6 days"), ("s", 0.5, 20_000, "2.8 hours"), ("reference", 0.1, 1_000, "1.7 minutes")],
 )
 def test_a_long_run_without_a_gpu_says_how_long_it_takes(preset_name, seconds, left, expected):
-    notice = atari100k.slow_device_notice(preset_name, seconds, left)
+    notice = machine.slow_device_notice(preset_name, seconds, left)
     assert notice is not None and expected in notice and "--preset tiny" in notice
 
 
 def test_a_tiny_run_says_nothing():
-    assert atari100k.slow_device_notice("tiny", 10.0, 10_000) is None
+    assert machine.slow_device_notice("tiny", 10.0, 10_000) is None
 
 
 def test_no_compilation_cache_is_kept_where_none_is_asked_for(monkeypatch):
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
     for directory in (None, pathlib.Path("none"), pathlib.Path("None")):
-        atari100k.keep_compiled_programs(directory)
+        machine.keep_compiled_programs(directory)
     assert updates == []
-    atari100k.keep_compiled_programs(pathlib.Path("/tmp/cache"))
+    machine.keep_compiled_programs(pathlib.Path("/tmp/cache"))
     assert updates == [("jax_compilation_cache_dir", "/tmp/cache")]
 
 
 def test_the_evaluation_has_its_own_step_limit(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        atari100k, "make_atari", lambda game, atari, **rest: seen.append((atari.max_episode_steps, rest))
-    )
+    monkeypatch.setattr(machine, "make_atari", lambda game, atari, **rest: seen.append((atari.max_episode_steps, rest)))
     config = preset("xs")
-    atari100k.make_environment("Pong", config, num_envs=3, evaluation=True)
+    machine.make_environment("Pong", config, num_envs=3, evaluation=True)
     assert seen == [(27_000, {"num_envs": 3, "image_size": 64, "seed": 1})]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from drama_jax.training import checkpoint, replay_log, resume
-from experiments import atari100k, command_line
+from experiments import atari100k, command_line, machine
 
 STEPS, WARMUP, EVERY = 48, 14, 10
 # The intervals of metrics and checkpoints do not fit each other, and the ring overwrites its oldest steps.
@@ -117,14 +117,14 @@ class Haunted:
 @contextlib.contextmanager
 def haunted(monkeypatch, events: dict[int, Callable[[], None]], *, evaluation: bool = False):
     """Lets `events` happen in the training environment, or in those of the evaluation."""
-    make = atari100k.make_environment
+    make = machine.make_environment
 
     def made(*arguments, **options):
         environment = make(*arguments, **options)
         return Haunted(environment, events) if options.get("evaluation", False) == evaluation else environment
 
     with monkeypatch.context() as patch:
-        patch.setattr(atari100k, "make_environment", made)
+        patch.setattr(machine, "make_environment", made)
         yield
 
 

@@ -28,7 +28,7 @@ from micro import (
 
 from drama_jax.envs import envpool_backend
 from drama_jax.training import replay_log, run_directory
-from experiments import atari100k
+from experiments import atari100k, machine
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -254,8 +254,8 @@ def test_another_seed_is_another_run(envpool_run, tmp_path):
 
 def test_flags_of_xla_that_are_set_already_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
-    atari100k.make_deterministic()
-    atari100k.make_deterministic()
+    machine.make_deterministic()
+    machine.make_deterministic()
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/tmp/x --xla_gpu_deterministic_ops=true"
 
 

@@ -8,7 +8,7 @@ from drama_jax import replay
 from drama_jax.agent import AgentState
 from drama_jax.guard import Guard
 from drama_jax.training import checkpoint, resume, watch
-from experiments import atari100k
+from experiments import machine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,8 +33,8 @@ class Poisoned:
 
 
 def test_too_many_in_a_row_end_the_run_with_a_checkpoint_and_their_batch(tmp_path, monkeypatch, capsys):
-    make = atari100k.make_environment
-    monkeypatch.setattr(atari100k, "make_environment", lambda *args, **options: Poisoned(make(*args, **options), 16))
+    make = machine.make_environment
+    monkeypatch.setattr(machine, "make_environment", lambda *args, **options: Poisoned(make(*args, **options), 16))
     assert main(tmp_path, "--max-skipped-updates", "5") == 1
     run = only_run(tmp_path)
     error = capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""What a run asks of the machine: an emulator, memory, compiled programs that last, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from drama_jax.config import AgentConfig, ConfigError, RunConfig
+from drama_jax.envs import Env, make_atari
+from drama_jax.training import loop
+from experiments import command_line
+
+
+def make_environment(game: str, config: RunConfig, *, num_envs: int, evaluation: bool = False) -> Env:
+    """The training environment, or those of the evaluation with their own seeds and step limit.
+
+    Raises:
+      ConfigError: if the emulator is missing or refuses its settings.
+    """
+    atari, seed = config.atari, config.seed
+    if evaluation:
+        atari = dataclasses.replace(atari, max_episode_steps=config.evaluation.max_episode_steps)
+        seed += 1  # the training environment has one seed only
+    image_size = config.agent.world_model.autoencoder.image_size
+    try:
+        return make_atari(game, atari, num_envs=num_envs, image_size=image_size, seed=seed)
+    except ConfigError as error:
+        message = command_line.with_flags(str(error))
+        raise ConfigError(
+            message if message.startswith("--") else f"--env-backend {atari.backend}: {message}"
+        ) from None
+
+
+def check_memory(config: AgentConfig, stats: dict[str, int] | None, agents: int = 1) -> None:
+    """Raises a ConfigError if what must be in memory at once does not fit the device.
+
+    Args:
+      config: The configuration of every agent.
+      stats: The device's memory statistics; None where it keeps none, as on a CPU, whose memory is the machine's.
+      agents: How many live on the device.
+    """
+    try:
+        needed = memory_needed(config)
+    except ConfigError as error:
+        raise ConfigError(command_line.with_flags(str(error))) from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"--agent: arrays of these sizes cannot be made ({' '.join(str(error).split())})") from error
+    if stats and "bytes_limit" in stats:
+        free, where = stats["bytes_limit"] - stats.get("bytes_in_use", 0), "device memory"
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        free, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory"
+    else:
+        return
+    total = sum(needed.values())
+    if total > free:
+        flag = max(needed, key=lambda name: needed[name])
+        raise ConfigError(
+            f"{flag}: needs {needed[flag]:,} of {total:,} bytes of {where}, but {free:,} are free; lower it"
+        )
+    if total * agents > free:
+        raise ConfigError(
+            f"--seeds: {agents} agents need {total * agents:,} bytes of {where}, but {free:,} are free; at most "
+            f"{free // total} fit on one device"
+        )
+
+
+def choose_devices(wanted: int | None, agents: int) -> list[jax.Device]:
+    """The local devices that `agents` agents are shared out to: as many as possible, each with as many agents.
+
+    Raises:
+      ConfigError: if there are not `wanted` devices, or they cannot have as many agents each.
+    """
+    there = jax.local_devices()
+    if wanted is None:
+        return there[: max(count for count in range(1, len(there) + 1) if agents % count == 0)]
+    if not 1 <= wanted <= len(there):
+        raise ConfigError(f"--devices {wanted}: there are {len(there)} here")
+    if agents % wanted:
+        raise ConfigError(f"--devices {wanted}: {agents} agents cannot be shared out evenly; change --seeds")
+    return there[:wanted]
+
+
+def memory_needed(config: AgentConfig) -> dict[str, int]:
+    """Flag -> bytes that it makes the agent take; less than in truth, as activations are left out."""
+
+    def size(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    state = loop.shapes(config, num_actions=18)
+    wm, im = config.world_model, config.imagination
+    frame = math.prod(wm.autoencoder.image_shape)
+    return {
+        f"--agent.replay.capacity {config.replay.capacity}": size(state.replay),
+        "--agent.world-model (sizes)": size(state.world_model),
+        "--agent.behaviour (sizes)": size(state.behaviour),
+        f"--agent.acting-context {config.acting_context}": config.acting_context * frame,
+        f"--agent.world-model.batch-size {wm.batch_size}": wm.batch_size * wm.batch_length * frame,
+        f"--agent.imagination.horizon {im.horizon}": im.batch_size * (im.horizon + 1) * wm.feature_size * 2,
+    }
+
+
+def keep_compiled_programs(directory: pathlib.Path | None) -> None:
+    """Lets JAX keep compiled programs in `directory`, so that the next run starts at once; None leaves JAX as it is."""
+    if directory is not None and str(directory).lower() != "none":
+        try:
+            path = directory.expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"--compilation-cache {directory}: {error}") from error
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def make_deterministic() -> None:
+    """Asks XLA for programs that give the same bits in every run; before JAX has started the device."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def slow_device_notice(preset: str, seconds: float, steps_left: int) -> str | None:
+    """How long the run will take, for a run on a CPU of any preset but tiny."""
+    if preset == "tiny" or jax.default_backend() != "cpu":
+        return None
+    total = seconds * steps_left
+    unit, size = next((pair for pair in (("days", 86_400), ("hours", 3_600)) if total > 2 * pair[1]), ("minutes", 60))
+    return (
+        f"No GPU found: at {seconds:.2g} s per step the remaining {steps_left:,} steps take about "
+        f"{total / size:.1f} {unit} on this CPU. `--preset tiny` ends in minutes. Going on."
+    )

@@ -1,0 +1,131 @@
+"""Which run directories a command works on, and where each of its agents stands."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from drama_jax.config import ConfigError, RunConfig
+from drama_jax.training import checkpoint, resume, run_directory
+from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.replay_log import Segment
+from experiments.command_line import Options, Planned
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory, locked, and where the run of its one agent stands."""
+
+    game: str
+    config: RunConfig
+    preset: str
+    directory: pathlib.Path
+    identity: str
+    snapshot: Snapshot | None
+    """Where to go on from; None to start at step 0."""
+    segments: list[Segment]
+    """The replay on disk."""
+
+    @property
+    def step(self) -> int:
+        """Agent steps done."""
+        return 0 if self.snapshot is None else self.snapshot.step
+
+
+def prepare(options: Options, game: str, planned: Sequence[Planned], stack: contextlib.ExitStack) -> list[Run]:
+    """Finds the runs to continue or creates new directories, and locks them until `stack` is closed.
+
+    Of several agents, those that are finished are left out, unless all are; the others all start at one step.
+
+    Raises:
+      ConfigError: if one cannot be continued as asked for, or is in use, or if they are not at one step.
+    """
+    if len(planned) > 1 and resume.is_run(options.logdir):
+        raise ConfigError(
+            f"--logdir {options.logdir} is the directory of one run, and this command has {len(planned)} agents; name "
+            f"the directory that holds their runs"
+        )
+    if len(planned) > 1:
+        done = [one for one in planned if options.resume and _finished(options, game, one)]
+        if len(done) < len(planned):
+            for one in done:
+                say(f"{one.label} is finished")
+            planned = [one for one in planned if one not in done]
+    directories = [_find(options, game, one) for one in planned]
+    if None in directories and any(directories):
+        begun = [one.label for one, directory in zip(planned, directories) if directory is not None]
+        fresh = [one.label for one, directory in zip(planned, directories) if directory is None]
+        raise ConfigError(
+            f"{', '.join(begun)} has begun and {', '.join(fresh)} has not, but the agents of one process go in step; "
+            f"run them in two commands, or all anew with --no-resume"
+        )
+    found = [directory for directory in directories if directory is not None]
+    if not found:
+        return [_new(options, game, one, stack) for one in planned]
+    return _continued(options, game, planned, found, stack)
+
+
+def _find(options: Options, game: str, planned: Planned) -> pathlib.Path | None:
+    return resume.find(
+        options.logdir, game, options.preset, planned.config, resume=options.resume, same=planned.swept, say=say
+    )
+
+
+def _finished(options: Options, game: str, planned: Planned) -> bool:
+    """Whether a run of this agent is finished, and none is under way."""
+    runs = resume.runs(options.logdir, game, options.preset, planned.config, planned.swept)
+    return bool(runs) and all(resume.finished(run, planned.config.steps) for run in runs)
+
+
+def _new(options: Options, game: str, planned: Planned, stack: contextlib.ExitStack) -> Run:
+    directory = run_directory.create(options.logdir, game, options.preset, planned.config)
+    stack.enter_context(run_directory.lock(directory))
+    print(f"run directory {directory}", flush=True)
+    return Run(game, planned.config, options.preset, directory, resume.read(directory)["id"], None, [])
+
+
+def _continued(
+    options: Options,
+    game: str,
+    planned: Sequence[Planned],
+    directories: Sequence[pathlib.Path],
+    stack: contextlib.ExitStack,
+) -> list[Run]:
+    checked = []
+    for one, directory in zip(planned, directories):
+        checked.append(resume.check(directory, game, options.preset, one.config))
+        stack.enter_context(run_directory.lock(directory))
+    loaded = [checkpoint.load(directory, identity, say) for directory, (identity, _) in zip(directories, checked)]
+    steps = [0 if one is None else one[0].step for one in loaded]
+    if len(set(steps)) > 1:
+        # Ended in the middle of saving: some have written a checkpoint that others have not.
+        loaded = [
+            checkpoint.load(directory, identity, say, at_most=min(steps))
+            for directory, (identity, _) in zip(directories, checked)
+        ]
+    runs = []
+    for one, directory, (identity, changed), saved in zip(planned, directories, checked, loaded):
+        snapshot, segments = saved or (None, [])
+        step = 0 if snapshot is None else snapshot.step
+        if step != min(steps):
+            raise ConfigError(
+                f"{directory} cannot go on at step {min(steps)} with the others: it has no checkpoint of that "
+                f"step; run it by itself with --logdir {directory}"
+            )
+        if step > one.config.steps:
+            raise ConfigError(f"--steps {one.config.steps}: the run in {directory} has done {step} steps already")
+        resume.note(directory, one.config, step, changed)
+        resume.cut_metrics(directory, step)
+        none = "" if snapshot is not None else ", as it has no checkpoint yet"
+        print(f"run directory {directory}: going on from step {step}{none}", flush=True)
+        resume.announce(changed, say)
+        runs.append(Run(game, one.config, options.preset, directory, identity, snapshot, segments))
+    return runs
+
+
+def say(message: str) -> None:
+    """Shows a message to the user."""
+    print(message, file=sys.stderr, flush=True)
