@@ -2,12 +2,16 @@
 
 Dao & Gu 2024, section 6: with Q steps a chunk, the influence of step j on step i of the same chunk is a masked
 attention matrix C_i.B_j exp(sum of dt A over (j, i]) dt_j; everything older reaches the chunk through one state.
+The backward pass keeps the operands and the chunks' states, and computes what is inside the chunks again: memory is
+linear in T.
 
 Shapes: b batch, c chunks, q (or i, j) steps of a chunk, g groups, r heads of a group, h = g * r heads, p head dim,
 n state dim.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +43,17 @@ def ssd_chunked(
     xs = _chunks(x, size).reshape(batch, -1, size, groups, heads // groups, head_dim)
     Bs, Cs = _chunks(B, size), _chunks(C, size)
     dts = jnp.moveaxis(_chunks(dt.astype(wide), size), 2, 3)  # [b, c, h, q]
-    high, low = _cumulative_sum(dts * A.astype(wide)[:, None])
+    log_decay = dts * A.astype(wide)[:, None]
 
-    y = _within_chunks(xs, dts, Bs, Cs, high, low, index)
-    chunk_states = _chunk_states(xs, dts, Bs, high, low, index)
+    y = _within_chunks(xs, dts, Bs, Cs, log_decay, index)
+    chunk_states = _chunk_states(xs, dts, Bs, log_decay, index)
     from_zero = initial_state is None
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, head_dim, state_dim), wide)
     first = initial_state.astype(wide).reshape(batch, groups, -1, head_dim, state_dim)
-    entry, final = _pass_states(chunk_states, high[..., -1] + low[..., -1], first, index)
+    entry, final = _pass_states(chunk_states, jnp.sum(log_decay, axis=-1), first, index)
     if not (from_zero and time <= size):
-        y = y + _from_entry_states(Cs, entry, high + low, index, x.dtype)
+        y = y + _from_entry_states(Cs, entry, log_decay, index, x.dtype)
 
     y = y.reshape(batch, -1, heads, head_dim)[:, :time]
     if D is not None:
@@ -73,24 +77,43 @@ def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=wide)
 
 
-def _cumulative_sum(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inclusive sums over the last axis as an unevaluated pair `high + low`.
+@jax.custom_vjp
+def _between(log_decay: jax.Array) -> jax.Array:
+    """Sums [b, c, h, i, j] of log_decay [b, c, h, q] over the steps after j up to i; i >= j, no matter what elsewhere.
 
-    The difference of two float32 sums over a chunk is wrong by a rounding of the sums, not of the difference;
-    `low` holds what rounding took from `high`, so that (high_i - high_j) + (low_i - low_j) is right to the last digit
-    whatever the size of the sums. It is a correction of rounding alone and carries no gradient.
+    Differences of inclusive sums, and of what rounding took from them: the difference of two float32 sums over a chunk
+    is wrong by a rounding of the sums, not of the difference.
     """
-    size = log_decay.shape[-1]
-    ones = jnp.tril(jnp.ones((size, size), log_decay.dtype))
-    high = _product("bchj,ij->bchi", log_decay, ones)
-    now = jax.lax.stop_gradient(high)
-    before = jnp.pad(now[..., :-1], ((0, 0),) * 3 + ((1, 0),))
-    step = now - before
+    high = _sums(log_decay, after=False)
+    before = jnp.pad(high[..., :-1], ((0, 0),) * 3 + ((1, 0),))
+    step = high - before
     # The rounding error of `step` itself (Knuth's two-sum).
-    back = now - step
-    error = (now - (step + back)) + (back - before)
-    lost = (jax.lax.stop_gradient(log_decay) - step) - error
-    return high, _product("bchj,ij->bchi", lost, ones)
+    back = high - step
+    error = (high - (step + back)) + (back - before)
+    low = _sums((log_decay - step) - error, after=False)
+    return (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
+
+
+def _between_forward(log_decay: jax.Array) -> tuple[jax.Array, None]:
+    return _between(log_decay), None
+
+
+def _between_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Step t is in the sums with i >= t > j. As a difference of sums over all i and j, which the automatic gradient is,
+    # the gradient of strong decays would drown in what float32 leaves of the others.
+    size = gradient.shape[-1]
+    earlier = jnp.triu(jnp.ones((size, size), gradient.dtype), 1)  # j < t
+    return (jnp.sum(jnp.tril(_product("bchij,jt->bchit", gradient, earlier)), axis=-2),)
+
+
+_between.defvjp(_between_forward, _between_backward)
+
+
+def _sums(log_decay: jax.Array, *, after: bool) -> jax.Array:
+    """Sums over the last axis: up to each step, or over the steps after each."""
+    size = log_decay.shape[-1]
+    ones = jnp.ones((size, size), log_decay.dtype)
+    return _product("bchj,ij->bchi", log_decay, jnp.triu(ones, 1) if after else jnp.tril(ones))
 
 
 def _exp(log_weight: jax.Array, keep: jax.Array | None) -> jax.Array:
@@ -99,13 +122,13 @@ def _exp(log_weight: jax.Array, keep: jax.Array | None) -> jax.Array:
     return jnp.exp(log_weight if keep is None else jnp.where(keep, log_weight, -jnp.inf))
 
 
+@jax.checkpoint
 def _within_chunks(
     x: jax.Array,
     dt: jax.Array,
     B: jax.Array,
     C: jax.Array,
-    high: jax.Array,
-    low: jax.Array,
+    log_decay: jax.Array,
     index: jax.Array | None,
 ) -> jax.Array:
     """Output [b, c, q, g, r, p] due to the steps of the same chunk."""
@@ -113,30 +136,21 @@ def _within_chunks(
     keep = jnp.tril(jnp.ones((size, size), bool))
     if index is not None:
         keep = keep & (index[:, :, None, :, None] == index[:, :, None, None, :])
-    between = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
-    between = jnp.where(jnp.eye(size, dtype=bool), 0, between)  # see _to_end
-    weights = _exp(between, keep) * dt[..., None, :]
+    weights = _exp(_between(log_decay), keep) * dt[..., None, :]
     scores = _product("bcign,bcjgn->bcgij", C, B)
     attention = scores[:, :, :, None] * weights.reshape(b, c, g, r, size, size)
     return _product("bcgrij,bcjgrp->bcigrp", attention.astype(x.dtype), x)
 
 
+@jax.checkpoint
 def _chunk_states(
-    x: jax.Array, dt: jax.Array, B: jax.Array, high: jax.Array, low: jax.Array, index: jax.Array | None
+    x: jax.Array, dt: jax.Array, B: jax.Array, log_decay: jax.Array, index: jax.Array | None
 ) -> jax.Array:
     """State [b, c, g, r, p, n] that each chunk's own steps leave at its end."""
     keep = None if index is None else (index == index[:, :, -1:])[:, :, None]
-    to_end = _exp(_to_end(high) + _to_end(low), keep) * dt
+    to_end = _exp(_sums(log_decay, after=True), keep) * dt
     weighted = x.astype(dt.dtype) * jnp.moveaxis(to_end, 3, 2).reshape(*x.shape[:-1], 1)
     return _product("bcjgrp,bcjgn->bcgrpn", weighted.astype(x.dtype), B)
-
-
-def _to_end(total: jax.Array) -> jax.Array:
-    """Sum over the steps after each one, [b, c, h, q], from the inclusive sums."""
-    # The last one is a constant 0, not total - total: as the largest weight it would add and take away the largest
-    # gradient, and what float32 leaves of that drowns the gradient of the decays.
-    rest = total[..., -1:] - total[..., :-1]
-    return jnp.pad(rest, ((0, 0),) * 3 + ((0, 1),))
 
 
 def _pass_states(
@@ -155,12 +169,13 @@ def _pass_states(
     return jnp.concatenate([initial[:, None], states[:, :-1]], axis=1), states[:, -1]
 
 
+@functools.partial(jax.checkpoint, static_argnums=4)
 def _from_entry_states(
     C: jax.Array, entry: jax.Array, log_decay: jax.Array, index: jax.Array | None, dtype: jnp.dtype
 ) -> jax.Array:
     """Output [b, c, q, g, r, p] due to the state that enters the chunk."""
     keep = None if index is None else (index == _index_before(index)[:, :, None])[:, :, None]
-    from_start = jnp.moveaxis(_exp(log_decay, keep), 3, 2)  # [b, c, q, h]
+    from_start = jnp.moveaxis(_exp(_sums(log_decay, after=False), keep), 3, 2)  # [b, c, q, h]
     y = _product("bcign,bcgrpn->bcigrp", C, entry.astype(dtype))
     return y * from_start.reshape(*y.shape[:-1], 1)
 

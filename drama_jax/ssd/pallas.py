@@ -399,18 +399,17 @@ def gradients(
             if inputs.D is not None:
                 dD = dD + jnp.sum(jnp.where(time[:, None] == time[None, :], dscores, 0))
 
-            # The decay of step t takes part in what passes from before t to t or later. Pairs i = j do not pass
-            # anything; left in, they would be added and taken away again, and drown the rest.
             pairs = scores * dscores
-            passing = jnp.where(time[:, None] < time[None, :], pairs, 0)
+            earlier = time[:, None] < time[None, :]
+            passing = jnp.where(earlier, pairs, 0)
             from_j = jnp.sum(passing, axis=1)
             alone = jnp.sum(jnp.where(time[:, None] == time[None, :], pairs, 0), axis=1)
-            to_i = jnp.sum(passing * dt[:, None], axis=0) - dt * from_j
+            crossing = _from_column(passing * dt[:, None], time, low, interpret)  # [j, t]
 
             # One piece of N after the other: all at once would not fit the registers.
             inner = (dscores * between * dt[:, None]).astype(low)
             scaled = _scaled(dy, from_start).T
-            exit_j, through, before = jnp.zeros_like(dt), zero, []
+            exit_j, entry_i, through, before = jnp.zeros_like(dt), jnp.zeros_like(dt), zero, []
             offsets = zip(at_n, place.partial(time, valid), place.state(place.strip * plan.walk + k, plan.chunks))
             for piece, (at, at_b, at_s) in zip(ds, offsets):
                 # Read again, from the cache, for the same reason.
@@ -418,15 +417,18 @@ def gradients(
                 s = _load(read["saved"], *at_s)
                 through = through + jnp.sum(s * piece)
                 by_entry = from_start[:, None] * _dot(dy, s.astype(low), interpret)
-                to_i = to_i + jnp.sum(by_entry * c.astype(wide), axis=1)
+                entry_i = entry_i + jnp.sum(by_entry * c.astype(wide), axis=1)
                 _store(write["C"], *at_b, by_entry + _dot(inner.T, b, interpret))
                 by_exit = to_end[:, None] * _dot(x, piece.astype(low), interpret)
                 exit_j = exit_j + jnp.sum(by_exit * b.astype(wide), axis=1)
                 _store(write["B"], *at_b, dt[:, None] * by_exit + _dot(inner, c, interpret))
                 before.append(whole * piece + _dot(scaled, c, interpret))
 
-            later = time[None, :] >= time[:, None]  # row t
-            da = jnp.sum(jnp.where(later, to_i[None, :], (dt * exit_j)[None, :]), axis=1) + whole * through
+            # The decay of step t takes part in what passes from before t to t or later: from earlier steps, to the end
+            # of the chunk, from its start. Each is added up by itself: as a difference of sums over all steps, which
+            # is less work, strong decays would drown in what float32 leaves of it.
+            da = jnp.where(earlier, crossing + (dt * exit_j)[:, None], entry_i[:, None])
+            da = jnp.sum(da, axis=0) + whole * through
             _store(write["dt"], place.scalars(time), valid, from_j + alone + exit_j + decays.A * da)
             return tuple(before), dA + jnp.sum(dt * da), dD
 
@@ -458,6 +460,15 @@ def gradients(
         "B": of_group("B"),
         "C": of_group("C"),
     }
+
+
+def _from_column(pairs: jax.Array, time: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
+    """Sums [Q, Q] along the rows of pairs, each from a column on, as a product with ones."""
+    ones = (time[:, None] >= time[None, :]).astype(dtype)
+    low = pairs.astype(dtype)
+    if dtype == pairs.dtype:
+        return _dot(low, ones, interpret)
+    return _dot(low, ones, interpret) + _dot((pairs - low.astype(pairs.dtype)).astype(dtype), ones, interpret)
 
 
 def _entry(place: _Place, states: Any, dtype: Any) -> Pieces:

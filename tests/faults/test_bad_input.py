@@ -510,7 +510,7 @@ ARRAYS = [
     (lambda s: scan(chunk_size=0), "ssd: chunk_size must be an integer from 1"),
     (
         lambda s: scan(implementation="cuda"),
-        "ssd: unknown implementation 'cuda'; accepted: None, 'reference', 'chunked'",
+        "ssd: unknown implementation 'cuda'; accepted: None, 'reference', 'chunked', 'pallas'",
     ),
     (lambda s: scan_step(state=ones(2, 4, 3)), "ssd_step: state must be float [B, H, P, N], here [2, 4, 3, N]"),
     (lambda s: scan_step(x=ints(2, 4, 3)), "ssd_step: x must be float [B, H, P], got int32 [2, 4, 3]"),

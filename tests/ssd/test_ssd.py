@@ -281,7 +281,7 @@ def test_a_split_sequence_equals_the_whole(split, chunk_size, reset_rate, seed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "pallas"}, "'pallas' is not available yet"),
+        ({"implementation": "pallas"}, "'pallas' cannot run: it needs an NVIDIA GPU"),
         ({"implementation": "magic"}, "unknown implementation 'magic'"),
         ({"dt": jnp.ones((2, 12, 2))}, r"dt must be float \[B, T, H\], here \[2, 13, 2\], got float32 \[2, 12, 2\]"),
         ({"A": jnp.ones(3)}, r"A must be float \[H\], here \[2\]"),
