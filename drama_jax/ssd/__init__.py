@@ -22,8 +22,18 @@ from drama_jax.ssd.fused import ssd_pallas
 from drama_jax.ssd.reference import ssd_reference
 from drama_jax.ssd.reference import ssd_step as _step
 from drama_jax.ssd.segments import segment_index
+from drama_jax.ssd.selective import selective_scan, selective_step
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "default_implementation", "segment_index", "ssd", "ssd_step"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Implementation",
+    "default_implementation",
+    "segment_index",
+    "selective_scan",
+    "selective_step",
+    "ssd",
+    "ssd_step",
+]
 
 FASTER: dict[str, tuple[int, int]] = {}
 """dtype of x -> the smallest and the largest T at which the kernels were measured to be faster than "chunked" on an
