@@ -18,6 +18,9 @@ Notation: N images, h x w cells, C_in and C_out channels. All images are channel
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -113,12 +116,48 @@ def _fastest(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _plain(x, kernel)
 
 
-def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _one_by_one(function: Callable[..., Any]) -> Any:
+    """`function` of arrays, which under `vmap` runs once for each of them.
+
+    XLA would make one grouped convolution of them, for which it has slow kernels only; the batches are large enough to
+    fill a device one after the other.
+    """
+    batched = jax.custom_batching.custom_vmap(function)
+
+    def rule(size: int, mapped: Sequence[bool], *arrays: jax.Array) -> tuple[Any, Any]:
+        rows = [[array[i] if has else array for array, has in zip(arrays, mapped)] for i in range(size)]
+        results = jax.tree.map(lambda *parts: jnp.stack(parts), *(batched(*row) for row in rows))
+        return results, jax.tree.map(lambda _: True, results)
+
+    batched.def_vmap(rule)
+    return batched
+
+
+def _directly(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+_each = _one_by_one(_directly)
+
+
+@jax.custom_batching.custom_vmap
+def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _directly(x, kernel)
+
+
+@_plain.def_vmap
+def _plain_batched(size: int, mapped: Sequence[bool], x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, bool]:
+    if mapped[1]:
+        return jax.vmap(_each, [0 if has else None for has in mapped])(x, kernel), True
+    # Of one kernel the new axis is more images.
+    y = _plain(x.reshape(-1, *x.shape[2:]), kernel)
+    return y.reshape(size, -1, *y.shape[1:]), True
+
+
+@_one_by_one
 def _gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.vjp(_plain, x, kernel)[1](gradient)
+    by_x, by_kernel = jax.vjp(_directly, x, kernel)[1](gradient)
+    return by_x, by_kernel
 
 
 def _gradients_on_gpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,6 +175,7 @@ def _mirrored(kernel: jax.Array) -> jax.Array:
     return kernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
 
+@_one_by_one
 def _gradients_on_cpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same two convolutions with their axes in the forward order.
 
@@ -149,7 +189,7 @@ def _gradients_on_cpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> t
         ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return _plain(gradient, _mirrored(kernel)), correlated.transpose(1, 2, 0, 3)
+    return _directly(gradient, _mirrored(kernel)), correlated.transpose(1, 2, 0, 3)
 
 
 def _cells(kernel: jax.Array) -> jax.Array:
