@@ -1,0 +1,82 @@
+"""The contract of tests/ssd on the device at hand, and the errors of the SSD scan against float64.
+
+Run through `python -m benchmarks.ssd --check` and `--accuracy`.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common
+
+# Smallest and largest -dt A of a step.
+DECAYS = {"1e-6": (1e-6, 2e-6), "0.001 to 1.6": (1e-3, 1.6), "1e-6 to 20": (1e-6, 20.0)}
+LENGTHS = (64, 1024, 16384, 65536)
+INTERPRETED = 1024
+"""The longest sequence that the interpreter of the kernels is given."""
+
+
+def check(directory: pathlib.Path | None = None) -> int:
+    """Every case, implementation and dtype against float64; writes the log, returns how many failed."""
+    from tests.ssd import contract
+
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    cases = contract.CASES + (contract.REALISTIC if contract.ON_GPU else ())
+    head = f"ssd contract, {common.device_name()}, jax {jax.__version__}, commit {common.commit()}"
+    lines, failed = [head + ("" if contract.ON_GPU else ", kernels interpreted")], 0
+    for case in cases:
+        for dtype in ("float32", "bfloat16"):
+            inputs, ids, weights = contract.numbers(case, jnp.dtype(dtype))
+            expected = contract.oracle(inputs, ids, weights)
+            for implementation in ("chunked", "pallas"):
+                function = contract.implementation(implementation)
+                errors = contract.errors(contract.results(function, inputs, ids, weights), expected)
+                # A NaN is not below the tolerance either.
+                passed = all(error <= contract.TOLERANCE[dtype] for error in errors.values())
+                failed += not passed
+                parts = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+                lines.append(f"{'PASS' if passed else 'FAIL'} {implementation} {case.name} {dtype}: {parts}")
+                print(lines[-1], flush=True)
+    lines.append(f"{failed} failed; largest error over the largest value of each array, at most {contract.TOLERANCE}")
+    out = (directory or common.RESULTS) / f"ssd_check-{common.device_name().lower().replace(' ', '-')}.log"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n")
+    print(lines[-1], out, sep="\n")
+    return failed
+
+
+def accuracy_rows() -> Iterator[dict[str, Any]]:
+    """Errors of y, the final state, the gradient of dt and the worst gradient, over T and decays."""
+    from tests.ssd import contract
+
+    jax.config.update("jax_enable_x64", True)
+    oracle = functools.partial(contract.oracle, exact=contract.implementation("chunked"))
+    for dtype in ("float32", "bfloat16"):
+        for label, decay in DECAYS.items():
+            for time in LENGTHS:
+                case = contract.Case("accuracy", (1, time, 2, 16, 1, 16), decay=decay, resets=((time // 3,),))
+                inputs, ids, weights = contract.numbers(case, jnp.dtype(dtype))
+                expected = oracle(inputs, ids, weights)
+                for implementation in ("chunked", "pallas"):
+                    if implementation == "pallas" and not contract.ON_GPU and time > INTERPRETED:
+                        continue
+                    function = contract.implementation(implementation)
+                    errors = contract.errors(contract.results(function, inputs, ids, weights), expected)
+                    gradients = [error for name, error in errors.items() if name.startswith("grad_")]
+                    yield {
+                        "implementation": implementation,
+                        "dtype": dtype,
+                        "decay": label,
+                        "T": time,
+                        "y": errors["y"],
+                        "final": errors["final"],
+                        "grad_dt": errors["grad_dt"],
+                        "worst_gradient": max(gradients),
+                    }

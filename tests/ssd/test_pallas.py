@@ -1,0 +1,192 @@
+"""The kernels: every way to cut the work, their lowering for CUDA, when they are chosen, and the Mamba-2 block."""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from drama_jax import backbones
+from drama_jax import ssd as ssd_module
+from drama_jax.backbones import mamba2
+from drama_jax.config import BackboneConfig, ConfigError
+from drama_jax.ssd import default_implementation, fused, ssd
+from drama_jax.ssd.fused import default_tiles, ssd_pallas
+from drama_jax.ssd.pallas import Tiles
+from tests.ssd import contract
+from tests.tools import quick_jit
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+# The second: the last strip lies behind the end.
+TILES = (Tiles(chunk=16, width=16, depth=32, strips=2), Tiles(chunk=16, width=32, depth=16, strips=4))
+
+
+@pytest.mark.parametrize("tiles", TILES, ids=["blocks_of_p", "pieces_of_n"])
+def test_the_cut_changes_nothing(tiles, x64):
+    inputs, ids, weights = contract.numbers(contract.case("resets"), jnp.float64)
+    run = functools.partial(ssd_pallas, tiles=tiles, interpret=True)
+    found = contract.errors(contract.results(run, inputs, ids, weights), contract.oracle(inputs, ids, weights))
+    assert max(found.values()) < 1e-13
+
+
+def specs(shape, dtype, groups=1):
+    batch, time, heads, head_dim, state_dim = shape
+    spec = jax.ShapeDtypeStruct
+    return {
+        "x": spec((batch, time, heads, head_dim), dtype),
+        "dt": spec((batch, time, heads), jnp.float32),
+        "A": spec((heads,), jnp.float32),
+        "B": spec((batch, time, groups, state_dim), dtype),
+        "C": spec((batch, time, groups, state_dim), dtype),
+        "D": spec((heads,), jnp.float32),
+        "initial_state": spec((batch, heads, head_dim, state_dim), jnp.float32),
+    }
+
+
+def lower_for_cuda(function, *arguments):
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def gradient(inputs, ids):
+    def loss(inputs):
+        y, final = ssd_pallas(**inputs, segment_ids=ids)
+        return jnp.sum(y.astype(final.dtype)) + jnp.sum(final)
+
+    return jax.grad(loss)(inputs)
+
+
+def kernels(text):
+    """How often each of our kernels is called."""
+    names = re.findall(r'name = "(ssd_\w+)"', text)
+    return {name: names.count(name) for name in set(names)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("shape", "strips"),
+    [((16, 128, 16, 64, 16), False), ((4, 8192, 16, 64, 16), True), ((1, 65536, 24, 64, 128), True)],
+    ids=["drama_train", "drama_8k", "lm_64k"],
+)
+def test_lowers_for_cuda(shape, strips, dtype):
+    batch, time = shape[:2]
+    text = lower_for_cuda(gradient, specs(shape, dtype), jax.ShapeDtypeStruct((batch, time), jnp.int32))
+    once = {"ssd_outputs": 1, "ssd_gradients": 1}
+    assert kernels(text) == once | ({"ssd_states": 1, "ssd_states_backward": 1} if strips else {})
+
+
+@pytest.mark.parametrize(("head_dim", "state_dim"), [(16, 16), (24, 40), (128, 256)])
+def test_all_widths_lower_for_cuda(head_dim, state_dim, x64):
+    inputs = specs((2, 100, 4, head_dim, state_dim), jnp.float32, groups=2)
+    assert "ssd_gradients" in kernels(lower_for_cuda(gradient, inputs, jax.ShapeDtypeStruct((2, 100), jnp.int32)))
+
+
+def test_vmap_is_one_launch_with_a_larger_grid():
+    inputs = specs((2, 32, 2, 16, 16), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((5, 2, 32), jnp.int32)
+    stacked = jax.tree.map(lambda s: jax.ShapeDtypeStruct((5, *s.shape), s.dtype), inputs)
+    text = lower_for_cuda(jax.vmap(gradient), stacked, ids)
+    assert kernels(text) == {"ssd_outputs": 1, "ssd_gradients": 1} and "while" not in text
+
+
+def products(dtype):
+    """The precision of every matrix product of the three kernels."""
+    inputs, ids = specs((1, 512, 1, 16, 16), dtype), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    text = str(jax.make_jaxpr(gradient)(inputs, ids))
+    found = re.findall(r"dot_general\[.*?precision=(.*?)\n\s*preferred_element_type=(\w+)", text, re.DOTALL)
+    assert len(found) == text.count("dot_general[") > 10
+    return set(found)
+
+
+def test_float32_products_are_never_one_tf32_product():
+    assert products(jnp.float32) == {("TF32_TF32_F32_X3", "float32")}
+    assert products(jnp.bfloat16) == {("None", "float32")}  # of bfloat16 operands, exact, added in float32
+
+
+def test_the_default_tiles_fill_the_device():
+    def tiles(shape, dtype=jnp.bfloat16):
+        inputs = specs(shape, dtype)
+        return default_tiles(inputs["x"], inputs["B"])
+
+    assert tiles((16, 128, 16, 64, 16)).strips == 1  # 256 programs already
+    assert tiles((4, 8192, 16, 64, 16)).strips == 5
+    assert tiles((1, 8, 1, 16, 16)) == Tiles(chunk=16, width=16, depth=16, strips=1)
+    assert tiles((1, 65536, 24, 64, 128)).strips == 11
+
+
+def small(dtype=jnp.float32, **sizes):
+    return [jnp.zeros(s.shape, s.dtype) for s in specs((1, 8, 2, 16, 16), dtype).values()][:5]
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "message"),
+    [
+        ("cpu", None, jnp.float32, "needs an NVIDIA GPU of compute capability 8.0 or more, and .* is 'cpu'"),
+        ("gpu", "7.5", jnp.float32, "this one's is 7.5"),
+        ("gpu", "gfx942", jnp.float32, "this one's is gfx942"),
+        ("gpu", "9.0", jnp.float16, "it takes bfloat16 or float32, got float16"),
+    ],
+)
+def test_a_named_implementation_that_cannot_run_says_why(backend, capability, dtype, message, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    with pytest.raises(ConfigError, match=f"ssd: implementation 'pallas' cannot run: .*{message}.*; use None"):
+        ssd(*small(dtype), implementation="pallas")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 8, 2, 256, 16), "P up to 128 and N up to 256, got P=256 and N=16"),
+        ((1, 8, 2, 16, 512), "got P=16 and N=512"),
+        ((1024, 65536, 24, 64, 16), "offsets are of 32 bits, .*; split the batch"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shape, message):
+    inputs = specs(shape, jnp.bfloat16)
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(functools.partial(ssd, implementation="pallas", interpret=True), *list(inputs.values())[:5])
+
+
+def test_the_default_is_decided_in_one_place(monkeypatch):
+    x, _, _, B, _ = small()
+    assert default_implementation(x, B) == "chunked"
+    monkeypatch.setitem(ssd_module.FASTER, "float32", (8, 64))
+    assert default_implementation(x, B) == "chunked"  # faster elsewhere, but there is no GPU here
+    monkeypatch.setattr(fused, "why_not", lambda *args, **options: None)
+    assert default_implementation(x, B) == "pallas"
+    assert default_implementation(x[:, :4], B[:, :4]) == default_implementation(x.astype(jnp.bfloat16), B) == "chunked"
+
+
+def test_the_whole_backbone_honours_resets_through_the_kernels(monkeypatch):
+    """A sequence with an episode start equals the two episodes run by themselves, convolution included."""
+    config = BackboneConfig(width=16, head_dim=16, state_dim=16, num_layers=1)
+    module = backbones.make(config, 3, jnp.float32)
+    rng = np.random.default_rng(0)
+    latent = jnp.asarray(rng.normal(size=(2, 23, 8)), jnp.float32)
+    action = jnp.asarray(rng.integers(0, 3, (2, 23)), jnp.int32)
+    ids = jnp.asarray(np.cumsum(np.arange(23) == 9)[None] * np.ones((2, 1)), jnp.int32)
+    params = module.init(jax.random.key(0), latent, action)
+    expected = quick_jit(module.apply)(params, latent, action, segment_ids=ids)
+    calls = []
+
+    def kernels_only(*args, chunk_size, **options):
+        calls.append(chunk_size)
+        return ssd(*args, implementation="pallas", interpret=True, **options)
+
+    monkeypatch.setattr(mamba2, "ssd", kernels_only)
+    actual = quick_jit(lambda *args: module.apply(*args, segment_ids=ids))(params, latent, action)
+    assert len(calls) == 1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected)
+    last, state = quick_jit(lambda *args: module.apply(*args))(params, latent[:, 9:], action[:, 9:])
+    np.testing.assert_allclose(actual[0][:, 9:], last, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(actual[1].layers[0].ssm, state.layers[0].ssm, rtol=1e-4, atol=1e-5)
+    first, _ = quick_jit(lambda *args: module.apply(*args))(params, latent[:, :9], action[:, :9])
+    np.testing.assert_allclose(actual[0][:, :9], first, rtol=1e-4, atol=1e-5)
