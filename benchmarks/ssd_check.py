@@ -6,6 +6,7 @@ Run through `python -m benchmarks.ssd --check` and `--accuracy`.
 from __future__ import annotations
 
 import functools
+import importlib
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -22,10 +23,14 @@ INTERPRETED = 1024
 """The longest sequence that the interpreter of the kernels is given."""
 
 
+def _contract() -> Any:
+    """tests/ssd/contract.py, which only a checkout has."""
+    return importlib.import_module("tests.ssd.contract")
+
+
 def check(directory: pathlib.Path | None = None) -> int:
     """Every case, implementation and dtype against float64; writes the log, returns how many failed."""
-    from tests.ssd import contract
-
+    contract = _contract()
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     cases = contract.CASES + (contract.REALISTIC if contract.ON_GPU else ())
@@ -54,8 +59,7 @@ def check(directory: pathlib.Path | None = None) -> int:
 
 def accuracy_rows() -> Iterator[dict[str, Any]]:
     """Errors of y, the final state, the gradient of dt and the worst gradient, over T and decays."""
-    from tests.ssd import contract
-
+    contract = _contract()
     jax.config.update("jax_enable_x64", True)
     oracle = functools.partial(contract.oracle, exact=contract.implementation("chunked"))
     for dtype in ("float32", "bfloat16"):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from drama_jax import backbones
 from drama_jax import ssd as ssd_module
@@ -51,7 +51,8 @@ def specs(shape, dtype, groups=1):
 
 def lower_for_cuda(function, *arguments):
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -96,18 +97,32 @@ def test_vmap_is_one_launch_with_a_larger_grid():
     assert kernels(text) == {"ssd_outputs": 1, "ssd_gradients": 1} and "while" not in text
 
 
-def products(dtype):
-    """The precision of every matrix product of the three kernels."""
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_products_are_added_in_float32_and_never_of_one_tf32_product(dtype):
     inputs, ids = specs((1, 512, 1, 16, 16), dtype), jax.ShapeDtypeStruct((1, 512), jnp.int32)
-    text = str(jax.make_jaxpr(gradient)(inputs, ids))
-    found = re.findall(r"dot_general\[.*?precision=(.*?)\n\s*preferred_element_type=(\w+)", text, re.DOTALL)
-    assert len(found) == text.count("dot_general[") > 10
-    return set(found)
+    text = str(jax.make_jaxpr(gradient)(inputs, ids))  # strips, outputs, gradients
+    count = text.count("dot_general[")
+    assert count > 10 and count == len(re.findall(r"preferred_element_type=float32", text))
+    precisions = re.findall(r"\bprecision=(\w+)", text)
+    # Products of two bfloat16 numbers are exact in float32 as they are.
+    assert precisions == (["TF32_TF32_F32_X3"] * count if dtype == jnp.float32 else [])
 
 
-def test_float32_products_are_never_one_tf32_product():
-    assert products(jnp.float32) == {("TF32_TF32_F32_X3", "float32")}
-    assert products(jnp.bfloat16) == {("None", "float32")}  # of bfloat16 operands, exact, added in float32
+@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
+def test_between_the_passes_only_operands_and_chunk_states_are_kept(implementation):
+    def kept(time):
+        inputs = specs((2, time, 4, 64, 16), jnp.float32)
+        run = contract.implementation(implementation)
+        residuals = jax.eval_shape(lambda inputs: jax.vjp(lambda inputs: run(**inputs), inputs)[1], inputs)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals)), inputs
+
+    (short, _), (long, inputs) = kept(1024), kept(2048)
+    assert abs(long - 2 * short) < 0.04 * long  # linear in T, but for initial states and strips of whole chunks
+    chunk = 64 if implementation == "chunked" else default_tiles(inputs["x"], inputs["B"]).chunk
+    operands = sum(leaf.size * leaf.dtype.itemsize for leaf in inputs.values())
+    states = 2 * 4 * 2048 // chunk * 64 * 16 * 4
+    # Chunked keeps x once more for D, and the states before and after the scan over chunks.
+    assert long < 1.05 * (operands + states if implementation == "pallas" else 2 * operands + 3 * states)
 
 
 def test_the_default_tiles_fill_the_device():

@@ -76,13 +76,7 @@ def test_both_forms_equal_single_steps_with_resets(resets, x64):
     expected = results(inputs, ids(*resets), "reference")
     with jax.disable_jit():
         close(expected, by_steps(inputs, resets), 1e-13)
-    for chunk_size in (4, 32):
-        close(results(inputs, ids(*resets), "chunked", chunk_size), expected, 1e-12)
-
-
-def test_the_default_is_the_chunked_form(x64):
-    inputs = numbers(1)
-    close(results(inputs, None, None), results(inputs, ids((), ()), "chunked"), 0)
+    close(results(inputs, ids(*resets), None), expected, 1e-12)
 
 
 @pytest.mark.parametrize("decay", [2e-6, 10.0])
