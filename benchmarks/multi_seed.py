@@ -47,7 +47,7 @@ def measure(config: AgentConfig, seeds: int, stored: int, repeats: int, devices:
 
     update: Any = jax.jit(lambda s, *a: one(s, *(x[0] for x in a)), donate_argnums=0)
     if seeds > 1:
-        update = together.program(one, donate=(0,))
+        update = jax.jit(together.program(one), donate_argnums=0)
     start = time.perf_counter()
     compiled = update.lower(state, *rows, *flags).compile()
     compile_s = time.perf_counter() - start

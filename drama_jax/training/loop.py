@@ -121,8 +121,8 @@ class _Programs:
         self.pictures: Program = images.pictures
         if together.count > 1:
             self.act = together.program(_act_one, shared=(4,))
-            self.observe = together.program(_each(_observe), donate=(0,))
-            self.update = together.program(_each(_update), donate=(0,))
+            self.observe = together.program(_observe_one, donated=True)
+            self.update = together.program(_update_one, donated=True)
             self.metrics = together.program(_state_metrics)
             self.pictures = together.program(images.pictures)
 
@@ -132,8 +132,12 @@ def _act_one(state: Any, acting: Any, frame: jax.Array, key: jax.Array, step: in
     return actions[0], acting
 
 
-def _each(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda state, *arrays: function(state, *(array[None] for array in arrays))
+def _observe_one(state: Any, *arrays: jax.Array) -> Any:
+    return agent.observe(state, replay.Transition(*arrays))
+
+
+def _update_one(state: Any, *arrays: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    return agent.update(state, replay.Transition(*arrays))
 
 
 def train(

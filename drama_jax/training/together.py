@@ -9,6 +9,7 @@ Shapes: N agents, E = 1 environment each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -39,8 +40,9 @@ class Together:
         if count % len(self.devices):
             raise ConfigError(f"{count} agents cannot be shared out evenly to {len(self.devices)} devices")
         self._each = count // len(self.devices)
-        self._mesh = Mesh(np.array(self.devices), (_AXIS,))
-        self.sharding = NamedSharding(self._mesh, PartitionSpec(_AXIS))
+        self._identity = count, tuple(self.devices)
+        self.mesh = Mesh(np.array(self.devices), (_AXIS,))
+        self.sharding = NamedSharding(self.mesh, PartitionSpec(_AXIS))
 
     def device(self, index: int) -> jax.Device:
         """Where agent `index` lives."""
@@ -73,23 +75,37 @@ class Together:
         return named if self.count == 1 else {name: array[index] for name, array in named.items()}
 
     def program(
-        self, function: Callable[..., Any], shared: tuple[int, ...] = (), donate: tuple[int, ...] = ()
+        self, function: Callable[..., Any], *, shared: tuple[int, ...] = (), donated: bool = False
     ) -> Callable[..., Any]:
-        """One compiled function for all N > 1 agents of a function of one agent.
+        """One compiled function for all N > 1 agents of a function of one agent; compiled once per process.
 
         Args:
           function: Of arrays without the agents' axis.
           shared: Positions of the arguments that all agents have in common.
-          donate: Positions of the arguments that are given up.
+          donated: The first argument is given up.
         """
+        run = _run_donated if donated else _run
+        return functools.partial(run, function, self, shared)
 
-        def compiled(*arguments: Any) -> Any:
-            axes = [None if position in shared else 0 for position in range(len(arguments))]
-            specs = tuple(PartitionSpec() if axis is None else PartitionSpec(_AXIS) for axis in axes)
-            mapped = jax.vmap(function, in_axes=axes)
-            part = jax.shard_map(
-                mapped, mesh=self._mesh, in_specs=specs, out_specs=PartitionSpec(_AXIS), check_vma=False
-            )
-            return part(*arguments)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Together) and self._identity == other._identity
 
-        return jax.jit(compiled, donate_argnums=donate)
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+
+def _all(function: Callable[..., Any], together: Together, shared: tuple[int, ...], *arguments: Any) -> Any:
+    axes = [None if position in shared else 0 for position in range(len(arguments))]
+    specs = tuple(PartitionSpec() if axis is None else PartitionSpec(_AXIS) for axis in axes)
+    part = jax.shard_map(
+        jax.vmap(function, in_axes=axes),
+        mesh=together.mesh,
+        in_specs=specs,
+        out_specs=PartitionSpec(_AXIS),
+        check_vma=False,
+    )
+    return part(*arguments)
+
+
+_run = jax.jit(_all, static_argnums=(0, 1, 2))
+_run_donated = jax.jit(_all, static_argnums=(0, 1, 2), donate_argnums=3)

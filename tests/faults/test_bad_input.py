@@ -361,6 +361,16 @@ def scan_step(**change):
     return ssd_module.ssd_step(**good | {"B": ones(2, 2, 6), "C": ones(2, 2, 6)} | change)
 
 
+def selective(**change):
+    good = {"x": ones(2, 5, 4), "dt": ones(2, 5, 4), "A": -ones(4, 6), "B": ones(2, 5, 6), "C": ones(2, 5, 6)}
+    return ssd_module.selective_scan(**good | change)
+
+
+def selective_step(**change):
+    good = {"state": ones(2, 4, 6), "x": ones(2, 4), "dt": ones(2, 4), "A": -ones(4, 6)}
+    return ssd_module.selective_step(**good | {"B": ones(2, 6), "C": ones(2, 6)} | change)
+
+
 def run_backbone(s, latent=None, action=None, *, actions=4, method="__call__", **options):
     module = backbones.make(WORLD.backbone, actions, jnp.float32)
     latent = ones(2, 5, 16) if latent is None else latent
@@ -512,6 +522,19 @@ ARRAYS = [
         lambda s: scan(implementation="cuda"),
         "ssd: unknown implementation 'cuda'; accepted: None, 'reference', 'chunked', 'pallas'",
     ),
+    (
+        lambda s: scan(implementation="pallas"),
+        "ssd: implementation 'pallas' cannot run: it needs an NVIDIA GPU of compute capability 8.0 or more",
+    ),
+    (lambda s: selective(x=ones(2, 5)), "selective_scan: x must be float [B, T, E], got float32 [2, 5]"),
+    (lambda s: selective(A=ones(4)), "selective_scan: A must be float [E, N], here [4, N], got float32 [4]"),
+    (lambda s: selective(C=ones(2, 5, 7)), "selective_scan: C must be float32 [B, T, N], here [2, 5, 6]"),
+    (lambda s: selective(chunk_size=0), "selective_scan: chunk_size must be an integer from 1"),
+    (
+        lambda s: selective(implementation="pallas"),
+        "selective_scan: unknown implementation 'pallas'; accepted: None, 'reference', 'chunked'",
+    ),
+    (lambda s: selective_step(state=ones(2, 4)), "selective_step: state must be float [B, E, N], here [2, 4, N]"),
     (lambda s: scan_step(state=ones(2, 4, 3)), "ssd_step: state must be float [B, H, P, N], here [2, 4, 3, N]"),
     (lambda s: scan_step(x=ints(2, 4, 3)), "ssd_step: x must be float [B, H, P], got int32 [2, 4, 3]"),
     (lambda s: scan_step(D=None, dt=ones(2)), "ssd_step: dt must be float [B, H], here [2, 4], got float32 [2]"),
