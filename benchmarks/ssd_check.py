@@ -75,6 +75,7 @@ def accuracy_rows() -> Iterator[dict[str, Any]]:
                     errors = contract.errors(contract.results(function, inputs, ids, weights), expected)
                     gradients = [error for name, error in errors.items() if name.startswith("grad_")]
                     yield {
+                        "name": "accuracy",
                         "implementation": implementation,
                         "dtype": dtype,
                         "decay": label,
