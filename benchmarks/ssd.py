@@ -15,6 +15,7 @@ compiled forward and backward pass allocates besides its arguments.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -187,20 +188,20 @@ def tune_rows(cases: dict[str, Shape], dtypes: list[str]) -> Iterator[dict[str, 
 
 
 def cuts(inputs: Operands) -> list[Tiles]:
-    """Chunks, widths, depths, warps and strips worth trying."""
+    """Chunks, widths and warps worth trying, and the default with one thing changed."""
     default = fused.default_tiles(inputs["x"], inputs["B"])
-    state_dim, head_dim = inputs["B"].shape[-1], inputs["x"].shape[-1]
-    depths = {min(32, state_dim), min(64, state_dim)}
-    return [
-        Tiles(chunk=chunk, width=width, depth=depth, strips=strips, warps=warps, stages=stages)
-        for chunk in (32, 64, 128)
+    found = [
+        dataclasses.replace(default, chunk=chunk, width=width, warps=warps, backward_warps=warps)
+        for chunk in (32, 64)
         for width in (32, 64)
-        for depth in sorted(depths)
         for warps in (4, 8)
-        for stages in (1, 2)
-        for strips in sorted({default.strips, 2 * default.strips})
-        if width <= head_dim and chunk * strips <= inputs["x"].shape[1]
+        if width <= inputs["x"].shape[-1]
     ]
+    found += [dataclasses.replace(default, stages=stages) for stages in (1, 2)]
+    found += [dataclasses.replace(default, strips=2 * default.strips)]
+    found += [dataclasses.replace(default, strips=max(1, default.strips // 2))]
+    found += [dataclasses.replace(default, depth=min(depth, inputs["B"].shape[-1])) for depth in (16, 32, 64, 128)]
+    return list(dict.fromkeys(found))
 
 
 def draw(path: pathlib.Path) -> pathlib.Path:

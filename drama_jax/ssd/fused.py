@@ -25,7 +25,7 @@ CUTS: dict[str, list[tuple[int, int, int, int, int]]] = {
 """Largest N, and the chunk, width, depth and warps up to it. Not measured yet: of the cuts tried with the compiler for
 an H100, those with the fewest registers spilt in both directions."""
 LARGEST_HEAD_DIM, LARGEST_STATE_DIM = 128, 256
-Saved = tuple[Inputs, jax.Array, bool]
+Saved = tuple[Inputs, jax.Array, tuple[()] | None]
 
 
 def ssd_pallas(
@@ -75,7 +75,9 @@ def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
     programs = batch * heads * -(-head_dim // width)
     # A strip costs a second reading of its inputs: four chunks or more make that worth while.
     strips = max(1, min(-(-FULL // programs), chunks // 4))
-    return Tiles(chunk=chunk, width=width, depth=min(depth, state_dim), strips=strips, warps=warps)
+    return Tiles(
+        chunk=chunk, width=width, depth=min(depth, state_dim), strips=strips, warps=warps, backward_warps=warps
+    )
 
 
 def why_not(x: jax.Array, B: jax.Array, *, interpret: bool) -> str | None:
@@ -86,8 +88,10 @@ def why_not(x: jax.Array, B: jax.Array, *, interpret: bool) -> str | None:
             f"it takes P up to {LARGEST_HEAD_DIM} and N up to {LARGEST_STATE_DIM}, got P={head_dim} and N={state_dim}"
         )
     tiles = default_tiles(x, B)
-    chunks = -(-x.shape[1] // tiles.chunk) + tiles.strips
-    largest = max(x.size, B.size * x.shape[2] // B.shape[2], x.shape[0] * x.shape[2] * chunks * head_dim * state_dim)
+    batch, time, heads, _ = x.shape
+    chunks = -(-time // tiles.chunk) + tiles.strips
+    parts = -(-head_dim // tiles.width) * batch * time * heads * state_dim
+    largest = max(x.size, parts, batch * heads * chunks * head_dim * state_dim)
     if largest >= 2**31:
         return f"its offsets are of 32 bits, and this size needs arrays of {largest:,} numbers; split the batch"
     if interpret:
@@ -116,13 +120,14 @@ def _scan_forward(
     entry = _entries(inputs, state, tiles, interpret)
     y, final, saved = pallas.outputs(inputs, entry, tiles, save=True, interpret=interpret)
     assert saved is not None
-    return (y, final), (inputs, saved, state is not None)
+    # Neither has an array in it; which of the two it is says whether the state has a gradient.
+    return (y, final), (inputs, saved, None if state is None else ())
 
 
 def _scan_backward(
     tiles: Tiles, interpret: bool, kept: Saved, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Inputs, jax.Array | None]:
-    inputs, saved, with_state = kept
+    inputs, saved, state = kept
     dy, dfinal = cotangents
     exits = dfinal[:, :, None]
     if tiles.strips > 1:
@@ -136,7 +141,7 @@ def _scan_backward(
         D=None if inputs.D is None else out["D"],
         steps=Steps(dt=out["dt"], A=out["A"], index=None),
     )
-    return by_inputs, out["initial_state"] if with_state else None
+    return by_inputs, None if state is None else out["initial_state"]
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -50,6 +50,9 @@ class Tiles:
     strips: int = 1
     """S, pieces of the sequence that are walked at the same time."""
     warps: int = 4
+    """Of 32 threads each, that a program of `strip_states` or `outputs` has."""
+    backward_warps: int = 4
+    """As `warps`, of `gradients`."""
     stages: int = 1
 
 
@@ -290,7 +293,9 @@ def strip_states(
     out = {"states": (*shape, plan.head_dim, plan.state_dim), "decays": shape}
     out_shapes = {name: jax.ShapeDtypeStruct(size, wide) for name, size in out.items()}
     name = "ssd_states_backward" if reverse else "ssd_states"
-    done = _call(program, plan, {"values": values, "keys": keys, "steps": inputs.steps}, out_shapes, name, interpret)
+    done = _call(
+        program, plan, {"values": values, "keys": keys, "steps": inputs.steps}, out_shapes, name, interpret, tiles.warps
+    )
     return done["states"], done["decays"]
 
 
@@ -345,7 +350,7 @@ def outputs(
     }
     if save:
         out_shapes["saved"] = jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.chunks, *sizes), wide)
-    done = _call(program, plan, {"inputs": inputs, "entry": entry}, out_shapes, "ssd_outputs", interpret)
+    done = _call(program, plan, {"inputs": inputs, "entry": entry}, out_shapes, "ssd_outputs", interpret, tiles.warps)
     return done["y"], done["final"], done.get("saved")
 
 
@@ -446,7 +451,7 @@ def gradients(
     out_shapes = {name: jax.ShapeDtypeStruct(shape, wide) for name, shape in shapes.items()}
     out_shapes["x"] = jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype)
     read = {"inputs": inputs, "saved": saved, "dy": dy, "exit": exit_gradient}
-    done = _call(program, plan, read, out_shapes, "ssd_gradients", interpret)
+    done = _call(program, plan, read, out_shapes, "ssd_gradients", interpret, tiles.backward_warps)
 
     def of_group(name: str) -> jax.Array:
         heads = plan.heads // plan.groups
@@ -530,6 +535,7 @@ def _call(
     out_shapes: dict[str, jax.ShapeDtypeStruct],
     name: str,
     interpret: bool,
+    warps: int,
 ) -> dict[str, jax.Array]:
     """Runs `program(read, write)`, which see every array flat; returns the outputs by name."""
     leaves, tree = jax.tree.flatten(operands)
@@ -542,7 +548,7 @@ def _call(
         kernel,
         grid=(plan.programs,),
         out_shape=[jax.ShapeDtypeStruct((math.prod(out.shape),), out.dtype) for out in out_shapes.values()],
-        compiler_params=pltriton.CompilerParams(num_warps=plan.tiles.warps, num_stages=plan.tiles.stages),
+        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=plan.tiles.stages),
         interpret=interpret,
         name=name,
     )(*[leaf.reshape(-1) for leaf in leaves])

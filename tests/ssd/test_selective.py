@@ -48,6 +48,9 @@ def results(inputs, segments, implementation, chunk_size=4):
     return gradients | {"y": y, "final": final}
 
 
+RUN = quick_jit(lambda inputs, segments: selective_scan(**inputs, segment_ids=segments, chunk_size=4))
+
+
 def close(actual, expected, relative):
     for name, value in expected.items():
         scale = max(np.abs(np.asarray(value)).max(), 1e-30)
@@ -95,13 +98,10 @@ def test_bfloat16_inputs_keep_a_float32_state():
     inputs = numbers(3, np.float32)
     low = inputs | {name: inputs[name].astype(jnp.bfloat16) for name in ("x", "B", "C")}
     rounded = low | {name: low[name].astype(jnp.float32) for name in ("x", "B", "C")}
-    actual, expected = results(low, None, "chunked"), results(rounded, None, "chunked")
-    assert actual["y"].dtype == jnp.bfloat16 and actual["final"].dtype == jnp.float32
-    np.testing.assert_allclose(actual["final"], expected["final"], rtol=1e-6)
-    np.testing.assert_allclose(actual["y"].astype(jnp.float32), expected["y"], rtol=1e-2, atol=1e-2)
-
-
-RUN = quick_jit(lambda inputs, segments: selective_scan(**inputs, segment_ids=segments, chunk_size=4))
+    (y, final), (expected_y, expected_final) = RUN(low, None), RUN(rounded, None)
+    assert y.dtype == jnp.bfloat16 and final.dtype == jnp.float32
+    np.testing.assert_allclose(final, expected_final, rtol=1e-6)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected_y, rtol=1e-2, atol=1e-2)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
