@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from benchmarks import common, ssd_check
 from drama_jax.ssd import Implementation, fused, ssd
-from drama_jax.ssd.pallas import Tiles
+from drama_jax.ssd.tiles import Tiles
 
 Shape = tuple[int, int, int, int, int]
 CASES: dict[str, Shape] = {  # B, T, H, P, N

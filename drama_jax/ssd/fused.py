@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import pallas
-from drama_jax.ssd.pallas import Inputs, Steps, Tiles
 from drama_jax.ssd.segments import segment_index
+from drama_jax.ssd.tiles import Inputs, Steps, Tiles, padded
 
 FULL = 264
 """Programs that fill the device: two per multiprocessor of an H100."""
@@ -67,10 +67,10 @@ def ssd_pallas(
 def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
     """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as fill the device."""
     batch, time, heads, head_dim = x.shape
-    state_dim = pallas.padded(B.shape[-1])
+    state_dim = padded(B.shape[-1])
     cuts = CUTS["bfloat16" if x.dtype == jnp.bfloat16 else "float32"]
     chunk, width, depth, warps = next(cut for largest, *cut in cuts if state_dim <= largest)
-    chunk, width = min(chunk, pallas.padded(time)), min(width, pallas.padded(head_dim))
+    chunk, width = min(chunk, padded(time)), min(width, padded(head_dim))
     chunks = -(-time // chunk)
     programs = batch * heads * -(-head_dim // width)
     # A strip costs a second reading of its inputs: four chunks or more make that worth while.

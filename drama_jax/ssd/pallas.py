@@ -22,111 +22,27 @@ Letters as in `ssd`; Q steps of a chunk, `width` columns of P and S strips.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from drama_jax.precision import at_least_float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How the work is cut. Powers of two but for `strips`; no effect on results but rounding."""
-
-    chunk: int
-    """Q, steps of a chunk, 16 to 128."""
-    width: int
-    """Columns of P that one program takes, at least 16."""
-    depth: int
-    """Entries of N that are multiplied at once, at least 16; the state is held in pieces of that many."""
-    strips: int = 1
-    """S, pieces of the sequence that are walked at the same time."""
-    warps: int = 4
-    """Of 32 threads each, that a program of `strip_states` or `outputs` has."""
-    backward_warps: int = 4
-    """As `warps`, of `gradients`."""
-    stages: int = 1
-
+from drama_jax.ssd.tiles import Inputs, Plan, Tiles
 
 Pieces = tuple[jax.Array, ...]
 """A state [width, N] in pieces [width, depth]."""
 
 
-@flax.struct.dataclass
-class Steps:
-    """What the decays are made of."""
-
-    dt: jax.Array  # [B, T, H] float32 (float64 only when interpreted)
-    A: jax.Array  # [H] as dt
-    index: jax.Array | None  # [B, T] int32 from `segment_index`
-
-
-@flax.struct.dataclass
-class Inputs:
-    """Operands of the scan, but for states."""
-
-    x: jax.Array  # [B, T, H, P]
-    B: jax.Array  # [B, T, G, N] as x
-    C: jax.Array  # [B, T, G, N] as x
-    D: jax.Array | None  # [H] as dt
-    steps: Steps
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Static sizes of a call."""
-
-    batch: int
-    time: int
-    heads: int
-    head_dim: int
-    groups: int
-    state_dim: int
-    tiles: Tiles
-
-    @classmethod
-    def of(cls, inputs: Inputs, tiles: Tiles) -> _Plan:
-        batch, time, heads, head_dim = inputs.x.shape
-        groups, state_dim = inputs.B.shape[2:]
-        return cls(batch, time, heads, head_dim, groups, state_dim, tiles)
-
-    @property
-    def walk(self) -> int:
-        """Chunks of a strip."""
-        return pl.cdiv(pl.cdiv(self.time, self.tiles.chunk), self.tiles.strips)
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of all strips; the last ones may lie behind the end."""
-        return self.walk * self.tiles.strips
-
-    @property
-    def blocks(self) -> int:
-        """Programs that share the P of one head."""
-        return pl.cdiv(self.head_dim, self.tiles.width)
-
-    @property
-    def pieces(self) -> range:
-        """Where the pieces of N begin."""
-        return range(0, self.state_dim, self.tiles.depth)
-
-    @property
-    def programs(self) -> int:
-        return self.batch * self.tiles.strips * self.blocks * self.heads
-
-
 class _Place:
     """Which batch row, head, strip and columns a program has, and its loads and stores."""
 
-    def __init__(self, plan: _Plan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         # Neighbouring programs take neighbouring heads: they read the same B and C, and the same lines of dt.
         rest, self.head = _divmod(pl.program_id(0), plan.heads)
@@ -265,7 +181,7 @@ def strip_states(
     Returns:
       `[B, H, S, P, N]` and the decay of a state over each strip `[B, H, S]`, in dt's dtype.
     """
-    plan = _Plan.of(inputs, tiles)
+    plan = Plan.of(inputs, tiles)
     wide = inputs.steps.dt.dtype
 
     def program(read: Any, write: Any) -> None:
@@ -314,7 +230,7 @@ def outputs(
     Returns:
       y `[B, T, H, P]` as x, the final state `[B, H, P, N]` as dt, and `[B, H, chunks, P, N]` or None.
     """
-    plan = _Plan.of(inputs, tiles)
+    plan = Plan.of(inputs, tiles)
     wide = inputs.steps.dt.dtype
 
     def program(read: Any, write: Any) -> None:
@@ -370,7 +286,7 @@ def gradients(
     Returns:
       "x" as x; "dt", "B", "C", "A", "D" as the operands, and "initial_state" `[B, H, P, N]`.
     """
-    plan = _Plan.of(inputs, tiles)
+    plan = Plan.of(inputs, tiles)
     wide = inputs.steps.dt.dtype
 
     def program(read: Any, write: Any) -> None:
@@ -523,14 +439,9 @@ def _divmod(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
     return quotient, x - quotient * divisor
 
 
-def padded(size: int) -> int:
-    """The power of two, at least 16, that holds `size`: what Triton's matrix products take."""
-    return max(16, pl.next_power_of_2(size))
-
-
 def _call(
     program: Callable[[Any, Any], None],
-    plan: _Plan,
+    plan: Plan,
     operands: Any,
     out_shapes: dict[str, jax.ShapeDtypeStruct],
     name: str,

@@ -18,7 +18,7 @@ from drama_jax.backbones import mamba2
 from drama_jax.config import BackboneConfig, ConfigError
 from drama_jax.ssd import default_implementation, fused, ssd
 from drama_jax.ssd.fused import default_tiles, ssd_pallas
-from drama_jax.ssd.pallas import Tiles
+from drama_jax.ssd.tiles import Tiles
 from tests.ssd import contract
 from tests.tools import quick_jit
 
