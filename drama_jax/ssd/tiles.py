@@ -25,6 +25,7 @@ class Tiles:
     backward_warps: int = 4
     """As `warps`, of `gradients`."""
     stages: int = 1
+    """Chunks whose loads the compiler may have under way at once."""
 
 
 @flax.struct.dataclass
