@@ -132,6 +132,19 @@ def checkpoints(rows: Rows) -> str:
     )
 
 
+def reproducibility(rows: Rows) -> str:
+    """How far apart runs of a seed are."""
+    head = ["runs of one seed, 100 updates", "weights apart", "equal losses"]
+    return table(
+        head,
+        [
+            [row["name"], f"{row['weights_apart']:.2g}", f"{row['losses_equal']} of {row['losses']}"]
+            for row in rows
+            if "weights_apart" in row
+        ],
+    )
+
+
 TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "update_step": (stages, [f"update_step-{CARD}"]),
     "profile_step": (profile, [f"profile_step-{CARD}"]),
@@ -140,6 +153,7 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "train_loop": (loops, [f"train_loop_cold-xs-{CARD}", f"train_loop_warm-xs-{CARD}"]),
     "precision": (bands, [f"precision-{CARD}"]),
     "checkpoint": (checkpoints, ["checkpoint-cpu"]),
+    "reproducibility": (reproducibility, [f"reproducibility-xs-{CARD}"]),
 }
 
 
