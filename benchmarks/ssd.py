@@ -77,17 +77,19 @@ def chained_ms(function: Callable[[Operands], Any], inputs: Operands, links: int
     """Milliseconds of one of `links` calls, each with the x that the one before returned."""
 
     @jax.jit
-    def chain(x: jax.Array) -> Any:
+    def chain(inputs: Operands) -> Any:
         # Written out, not a loop, which would copy what it carries; all results are returned, or XLA would leave out
         # what the next call does not need.
         found = []
         for _ in range(links):
-            out = function(inputs | {"x": x})
+            out = function(inputs)
             x = out[0]["x"] if isinstance(out[0], dict) else out[0]
+            # The barrier hides that the other operands stay the same: what depends on them alone would be shared.
+            inputs = jax.lax.optimization_barrier(inputs | {"x": x})
             found.append(out)
         return found
 
-    return common.median_ms(lambda: chain(inputs["x"]), repeats=7, warmup=2) / links
+    return common.median_ms(lambda: chain(inputs), repeats=7, warmup=2) / links
 
 
 def measured(scan: Scan, inputs: Operands, links: int) -> dict[str, Any]:
