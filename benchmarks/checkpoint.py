@@ -22,7 +22,7 @@ import jax
 from benchmarks.common import write_result
 from drama_jax.config import preset
 from drama_jax.envs import make_atari
-from drama_jax.training import checkpoint, loop, resume
+from drama_jax.training import checkpoint, loop, programs, resume
 from drama_jax.training.checkpoint import Checkpoints, Snapshot
 from drama_jax.training.logging import Progress, Writer
 
@@ -97,7 +97,7 @@ def main() -> None:
         importlib.import_module("orbax.checkpoint")  # seconds that the first save would be charged with
         checkpoints = Timed(run, agent.replay.capacity)
         with contextlib.closing(checkpoints), Writer(run, logging) as writer:
-            state = full_size(loop.initial_state(jax.random.key(0), agent, environment.num_actions))
+            state = full_size(programs.initial_state(jax.random.key(0), agent, environment.num_actions))
             progress = Progress(config.steps, True, "playing")
             loop.train(
                 config, environment, state, jax.random.key(1), writer=writer, progress=progress, checkpoints=checkpoints

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import common
 from drama_jax.config import PRESETS, RunConfig, preset
 from drama_jax.envs import Env, make_atari
-from drama_jax.training import loop
+from drama_jax.training import loop, programs
 from drama_jax.training.checkpoint import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 
@@ -88,7 +88,7 @@ def measure(config: RunConfig, game: str, folder: pathlib.Path) -> dict[str, Any
         contextlib.closing(Progress(config.steps, config.logging.progress, "training")) as progress,
     ):
         watched: Any = Watched(environment, config.steps, trace)
-        state = loop.initial_state(jax.random.key(0), config.agent, environment.num_actions)
+        state = programs.initial_state(jax.random.key(0), config.agent, environment.num_actions)
         first_update: list[float] = []
 
         def on_measured(seconds: float, left: int) -> None:

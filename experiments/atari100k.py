@@ -21,7 +21,7 @@ from drama_jax import agent
 from drama_jax.config import ConfigError
 from drama_jax.envs.base import EmulatorError
 from drama_jax.envs.games import canonical_game
-from drama_jax.training import evaluation, loop, resume, run_directory, scores
+from drama_jax.training import evaluation, loop, programs, resume, run_directory, scores
 from drama_jax.training.checkpoint import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.signals import stop_requested
@@ -166,7 +166,7 @@ def initial(runs: Sequence[Run], num_actions: int, together: Together) -> Any:
     for index, one in enumerate(runs):
         with jax.default_device(together.device(index)):
             if one.snapshot is None:
-                state = loop.initial_state(_keys(one)[0], common.agent, num_actions)
+                state = programs.initial_state(_keys(one)[0], common.agent, num_actions)
                 state = dataclasses.replace(state, hyper=agent.hyper(one.config.agent))
             else:
                 state = resume.restored_state(one.directory, common, num_actions, one.snapshot, one.segments)

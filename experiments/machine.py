@@ -12,7 +12,7 @@ import jax
 
 from drama_jax.config import AgentConfig, ConfigError, RunConfig
 from drama_jax.envs import Env, make_atari
-from drama_jax.training import loop
+from drama_jax.training import programs
 from experiments import command_line
 
 
@@ -91,7 +91,7 @@ def memory_needed(config: AgentConfig) -> dict[str, int]:
     def size(tree: Any) -> int:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    state = loop.shapes(config, num_actions=18)
+    state = programs.shapes(config, num_actions=18)
     wm, im = config.world_model, config.imagination
     frame = math.prod(wm.autoencoder.image_shape)
     return {

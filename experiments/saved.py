@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from drama_jax.config import ConfigError, RunConfig
-from drama_jax.training import checkpoint, loop, weights
+from drama_jax.training import checkpoint, programs, weights
 
 
 def load(
@@ -38,5 +38,5 @@ def load(
         raise ConfigError(f"--weights {file}: a file of weights is named *{weights.SUFFIX}")
     least = config.agent.warmup_steps + 1
     small = dataclasses.replace(config.agent, replay=dataclasses.replace(config.agent.replay, capacity=least))
-    state = loop.initial_state(jax.random.key(0), small, num_actions)
+    state = programs.initial_state(jax.random.key(0), small, num_actions)
     return weights.into(state, checkpoint.load_weights(logdir if file is None else file, step))

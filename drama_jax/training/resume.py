@@ -13,7 +13,7 @@ from typing import Any
 import flax.traverse_util
 
 from drama_jax.config import ConfigError, RunConfig
-from drama_jax.training import arrays, loop, replay_log, run_directory, scores
+from drama_jax.training import arrays, programs, replay_log, run_directory, scores
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
 from drama_jax.training.run_directory import CONFIG
@@ -204,7 +204,7 @@ def restored_state(
     Raises:
       ConfigError: the arrays are not those of this configuration.
     """
-    template = loop.shapes(config.agent, num_actions)
+    template = programs.shapes(config.agent, num_actions)
     small = dataclasses.replace(template, replay=replay_log.without_rows(template.replay))
     state = arrays.from_host(small, snapshot.device, "agent/")
     memory = replay_log.with_rows(directory, segments, snapshot.end, state.replay, template.replay)

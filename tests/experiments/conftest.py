@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from drama_jax.config import preset
-from drama_jax.training import arrays, checkpoint, loop, replay_log, run_directory
+from drama_jax.training import arrays, checkpoint, programs, replay_log, run_directory
 
 ACTIONS = 4  # of Breakout
 
@@ -29,7 +29,7 @@ def saved_run(tmp_path_factory):
     )
     config = dataclasses.replace(config, agent=small)
     directory = run_directory.create(tmp_path_factory.mktemp("runs"), "Breakout", "tiny", config)
-    state = loop.initial_state(jax.random.key(0), config.agent, ACTIONS)
+    state = programs.initial_state(jax.random.key(0), config.agent, ACTIONS)
     device = arrays.to_host({"agent": dataclasses.replace(state, replay=replay_log.without_rows(state.replay))})
     checkpoints = checkpoint.Checkpoints(directory, "a run", capacity=1)
     checkpoints.save(checkpoint.Snapshot(7, 0, device, {}, {}))

@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from drama_jax.config import AgentConfig, ConfigError, preset
-from drama_jax.training import checkpoint, loop
+from drama_jax.training import checkpoint, programs
 from experiments import atari100k, machine
 
 VERY_SMALL = """
@@ -31,7 +31,7 @@ VERY_SMALL = """
 def finished(tmp_path_factory) -> tuple[pathlib.Path, str, int]:
     """One very small run of Breakout: its directory, what it printed, and how often the update was traced."""
     logdir = tmp_path_factory.mktemp("runs")
-    before = loop.update._cache_size()
+    before = programs.update._cache_size()
     # Most of the time goes into compilation, so compile fast rather than well.
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +41,7 @@ def finished(tmp_path_factory) -> tuple[pathlib.Path, str, int]:
     jax.config.update("jax_disable_most_optimizations", False)
     assert code == 0
     (directory,) = (logdir / "Breakout" / "tiny").iterdir()
-    return directory, "\n".join(printed), loop.update._cache_size() - before
+    return directory, "\n".join(printed), programs.update._cache_size() - before
 
 
 def test_the_update_is_traced_once_per_run(finished):

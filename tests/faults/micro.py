@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from drama_jax.training import checkpoint, replay_log, resume
+from drama_jax.training import checkpoint, programs, replay_log, resume
 from experiments import atari100k, command_line, machine
 
 STEPS, WARMUP, EVERY = 48, 14, 10
@@ -72,7 +72,7 @@ def final(run: pathlib.Path) -> dict[str, Any]:
     identity = resume.read(run)["id"]
     _, config = command_line.parse(ARGUMENTS, "x")
     snapshot, segments = checkpoint.load(run, identity)
-    template = resume.loop.shapes(config.agent, 4).replay
+    template = programs.shapes(config.agent, 4).replay
     memory = replay_log.with_rows(run, segments, snapshot.end, replay_log.without_rows(template), template)
     rows = {name: np.asarray(getattr(memory, name)) for name in replay_log.Row._fields}
     result = json.loads((run / "scores.json").read_text())

@@ -55,7 +55,7 @@ from drama_jax.config import (
 )
 from drama_jax.envs import jax_env, make_atari
 from drama_jax.envs.base import check_actions, unpack_state
-from drama_jax.training import checkpoint, evaluation, in_graph, loop, scores
+from drama_jax.training import checkpoint, evaluation, in_graph, programs, scores
 from experiments import atari100k, command_line
 
 WM, AE, BB, BH = (
@@ -312,7 +312,7 @@ AUTO_DTYPE = dataclasses.replace(WORLD, compute_dtype="auto")
 @pytest.fixture(scope="module")
 def shapes():
     """The state of a micro agent of 4 actions, as shapes."""
-    return loop.shapes(MICRO, 4)
+    return programs.shapes(MICRO, 4)
 
 
 def ones(*shape, dtype=jnp.float32):

@@ -11,7 +11,7 @@ import pytest
 from fakes import AGENT, NUM_ACTIONS, ScriptedEnv, init
 
 from drama_jax.config import RunConfig, preset
-from drama_jax.training import arrays, images, loop, replay_log
+from drama_jax.training import arrays, images, loop, programs, replay_log
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.replay_log import Row
@@ -64,6 +64,7 @@ def train(
     stop=lambda: False,
 ):
     monkeypatch.setattr(loop, "agent", AGENT)
+    monkeypatch.setattr(programs, "agent", AGENT)
     monkeypatch.setattr(images, "pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
     with Writer(tmp_path, run_config(steps).logging) as writer:
         progress = Progress(steps, False, "training")
@@ -124,13 +125,13 @@ def test_the_update_with_the_previous_transition_starts_before_the_emulator(tmp_
     env = ScriptedEnv([100])
 
     def log(name: str, label: str) -> None:
-        function = getattr(loop, name)
+        function = getattr(programs, name)
 
         def logged(*arguments):
             env.events.append(label)
             return function(*arguments)
 
-        monkeypatch.setattr(loop, name, logged)
+        monkeypatch.setattr(programs, name, logged)
 
     log("_act", "act")
     log("update", "update")

@@ -17,7 +17,7 @@ import pytest
 from drama_jax.config import preset
 from drama_jax.envs import make_atari
 from drama_jax.replay import Batch
-from drama_jax.training import loop, prediction
+from drama_jax.training import loop, prediction, programs
 from drama_jax.training.logging import Progress, Writer
 
 SEED, OTHER_SEED = 0, 7
@@ -34,7 +34,7 @@ def train(config, directory):
     """The training half of the command, less the checkpoints."""
     init_key, train_key = jax.random.split(jax.random.key(SEED))
     with breakout(config, SEED) as environment, Writer(directory, config.logging) as writer:
-        state = loop.initial_state(init_key, config.agent, environment.num_actions)
+        state = programs.initial_state(init_key, config.agent, environment.num_actions)
         progress = Progress(config.steps, False, "training")
         return loop.train(config, environment, state, train_key, writer=writer, progress=progress).state
 

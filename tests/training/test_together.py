@@ -13,7 +13,7 @@ from fakes import AGENT, ScriptedEnv, init
 from test_loop import FRAMES, PREDICTION, ListedCheckpoints, run_config
 
 from drama_jax.config import ConfigError
-from drama_jax.training import arrays, images, loop, replay_log
+from drama_jax.training import arrays, images, loop, programs, replay_log
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.loop import Member
 from drama_jax.training.together import Together
@@ -25,6 +25,7 @@ EPISODES = [[4], [7], [3]]
 @pytest.fixture(autouse=True)
 def recording_agent(monkeypatch):
     monkeypatch.setattr(loop, "agent", AGENT)
+    monkeypatch.setattr(programs, "agent", AGENT)
     monkeypatch.setattr(images, "pictures", lambda state, key: (FRAMES, PREDICTION[:, :1], PREDICTION))
 
 

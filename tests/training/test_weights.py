@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from drama_jax.config import ConfigError, preset
-from drama_jax.training import checkpoint, loop, weights
+from drama_jax.training import checkpoint, programs, weights
 
 
 @pytest.fixture(scope="module")
 def states():
     """Two agents of one configuration and different seeds."""
     config = preset("tiny").agent
-    return [loop.initial_state(jax.random.key(seed), config, 4) for seed in (0, 1)]
+    return [programs.initial_state(jax.random.key(seed), config, 4) for seed in (0, 1)]
 
 
 def test_a_file_makes_another_agent_the_same(states, tmp_path):
@@ -31,7 +31,7 @@ def test_a_file_makes_another_agent_the_same(states, tmp_path):
 
 
 def test_weights_of_another_configuration_are_refused(states):
-    other = weights.of(loop.initial_state(jax.random.key(0), preset("tiny").agent, 6))
+    other = weights.of(programs.initial_state(jax.random.key(0), preset("tiny").agent, 6))
     with pytest.raises(ConfigError, match="this configuration needs"):
         weights.into(states[0], other)
     incomplete = weights.of(states[0])

@@ -1,0 +1,83 @@
+"""The compiled functions of the host loop, for one agent and for several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from drama_jax import agent, replay
+from drama_jax.config import AgentConfig
+from drama_jax.training import images
+from drama_jax.training.together import Together
+
+Program = Callable[..., Any]
+
+
+def _transition(*arrays: jax.Array) -> replay.Transition:
+    return replay.Transition(*(array[0] for array in arrays))
+
+
+def shapes(config: AgentConfig, num_actions: int) -> Any:
+    """What `initial_state` would return, as shapes and types."""
+    return jax.eval_shape(lambda key: agent.init(key, config, num_actions), jax.random.key(0))
+
+
+def initial_state(key: jax.Array, config: AgentConfig, num_actions: int) -> Any:
+    """`agent.init` as one compiled program; run once, so that on a CPU it is compiled fast rather than well."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(agent.init, static_argnums=(1, 2), compiler_options=options)(key, config, num_actions)
+
+
+@jax.jit
+def _act(state: Any, acting: Any, frames: jax.Array, key: jax.Array, step: int, first: jax.Array) -> Any:
+    """Sampled action; the key of a step is derived from the run's by the step's number."""
+    return agent.act(state, acting, frames, jax.random.fold_in(key, step), first)
+
+
+def _observe(state: Any, *arrays: jax.Array) -> Any:
+    return agent.observe(state, _transition(*arrays))
+
+
+def _update(state: Any, *arrays: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    return agent.update(state, _transition(*arrays))
+
+
+observe = jax.jit(_observe, donate_argnums=0)
+update = jax.jit(_update, donate_argnums=0)
+
+
+@jax.jit
+def _state_metrics(state: Any) -> dict[str, jax.Array]:
+    return agent.state_metrics(state)
+
+
+class Programs:
+    """The compiled functions of a loop. Frames [N, H, W, C], actions and flags [N] become E = 1 for each agent."""
+
+    def __init__(self, together: Together) -> None:
+        self.act: Program = _act
+        self.observe: Program = observe
+        self.update: Program = update
+        self.metrics: Program = _state_metrics
+        self.pictures: Program = images.pictures
+        if together.count > 1:
+            self.act = together.program(_act_one, shared=(4,))
+            self.observe = together.program(_observe_one, donated=True)
+            self.update = together.program(_update_one, donated=True)
+            self.metrics = together.program(_state_metrics)
+            self.pictures = together.program(images.pictures)
+
+
+def _act_one(state: Any, acting: Any, frame: jax.Array, key: jax.Array, step: int, first: jax.Array) -> Any:
+    actions, acting = _act(state, acting, frame[None], key, step, first[None])
+    return actions[0], acting
+
+
+def _observe_one(state: Any, *arrays: jax.Array) -> Any:
+    return agent.observe(state, replay.Transition(*arrays))
+
+
+def _update_one(state: Any, *arrays: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    return agent.update(state, replay.Transition(*arrays))
