@@ -31,6 +31,7 @@ from experiments.suite_worker import PROGRAM
 
 _OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory on this machine; nothing large goes through it."""
+_LOOK_EVERY_S = 0.5
 _MEMORY = 0.9
 """Share of a GPU's memory that the tasks on it take together."""
 
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The devices are for the workers.
         jax.config.update("jax_platforms", "cpu")
         with stop_requested() as stop:
-            failed = [] if all(task.done for task in tasks) else _run(ray, suite, tasks, stop)
-            if stop():
+            failed, stopped = ([], False) if all(task.done for task in tasks) else _run(ray, suite, tasks, stop)
+            if stopped and not all(task.done for task in tasks):
                 print(f"stopped; to continue:\n{PROGRAM} {shlex.join(arguments)}", flush=True)
                 return 0
         report(options, tasks, f"{PROGRAM} {shlex.join(arguments)}")
@@ -180,12 +181,13 @@ def _import_ray() -> Any:
     return ray
 
 
-def _run(ray: Any, suite: Options, tasks: Sequence[Task], stop: Callable[[], bool]) -> list[str]:
-    """Runs the tasks that are not finished; returns a line for each that has failed for good."""
+def _run(ray: Any, suite: Options, tasks: Sequence[Task], stop: Callable[[], bool]) -> tuple[list[str], bool]:
+    """Runs the tasks that are not finished; returns a line for each that failed for good, and whether to stop."""
     _connect(ray, suite)
     try:
         with stop_requested() as stop_now:  # Ray has put a handler of its own in place
-            return _schedule(ray, suite, tasks, lambda: stop() or stop_now())
+            failed = _schedule(ray, suite, tasks, lambda: stop() or stop_now())
+            return failed, stop() or stop_now()
     finally:
         ray.shutdown()
 
@@ -217,7 +219,7 @@ def _schedule(ray: Any, suite: Options, tasks: Sequence[Task], stop: Callable[[]
     progress = Progress(tasks)
     try:
         while waiting:
-            ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=progress.SECONDS)
+            ended, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_EVERY_S)
             for reference in ended:
                 task = waiting.pop(reference)
                 task.outcome, reason = _outcome(ray, reference, stop_file.exists())
@@ -315,8 +317,8 @@ def report(options: AllOptions, tasks: Sequence[Task], command: str) -> dict[str
     notes = [
         f"`{command}`",
         f"Preset {options.preset}, {options.steps:,} steps. Per game the mean over seeds and its standard error; "
-        f"below, the statistics of the human-normalised scores with {aggregate.LEVEL:.0%} stratified bootstrap intervals over "
-        f"{aggregate.RESAMPLES:,} resamples. Published columns give no single runs, so no interquartile mean; "
+        f"below, statistics of the human-normalised scores with {aggregate.LEVEL:.0%} stratified bootstrap intervals "
+        f"over {aggregate.RESAMPLES:,} resamples. Published columns give no single runs, so no interquartile mean; "
         f"`games` counts the scores that a column has.",
         *([f"{missing} runs have no score yet."] if missing else []),
     ]

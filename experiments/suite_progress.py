@@ -125,21 +125,25 @@ class Task:
 class Progress:
     """The table of all tasks: redrawn on a terminal, elsewhere a line for each change."""
 
-    SECONDS = 2.0
-    """Between two looks."""
+    _EVERY_S = 2.0
     _REPEAT_S = 60.0
 
     def __init__(self, tasks: Sequence[Task], stream: TextIO | None = None) -> None:
         self._tasks = tasks
         self._stream = sys.stdout if stream is None else stream
         self._rows: dict[str, tuple[str, str, float]] = {}
-        self._drawn = 0
+        self._drawn, self._due = 0, 0.0
         for task in tasks:
             if task.done:
                 task.outcome = "finished"
 
     def show(self) -> None:
-        """Shows where the tasks are."""
+        """Shows where the tasks are, if the last time is long enough ago."""
+        if time.monotonic() >= self._due:
+            self._show()
+
+    def _show(self) -> None:
+        self._due = time.monotonic() + self._EVERY_S
         rows = [self._row(task) for task in self._tasks]
         if self._stream.isatty():
             self._draw(rows)
@@ -147,8 +151,8 @@ class Progress:
             self._write(rows)
 
     def close(self) -> None:
-        """Leaves the last table where it is."""
-        self._drawn = 0
+        """Shows where they are at the end, and leaves it there."""
+        self._show()
 
     def _row(self, task: Task) -> tuple[str, str, str]:
         """Name, state, line."""
