@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import signal
 from collections.abc import Callable, Iterator
 
 import jax
@@ -42,6 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A shell starts background jobs with SIGINT ignored, which the program under test respects.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 MOST_BYTES = 2.5e9

@@ -453,7 +453,7 @@ ARRAYS = [
     ),
     (lambda s: act(s, frames=[[0]]), "agent.act: frames must be uint8 [E, 16, 16, 3], got a list"),
     (lambda s: act(s, first=ints(2)), "agent.act: first must be bool [E], here [2], got int32 [2]"),
-    (lambda s: act(s, acting=None), "agent.act: acting must be of type Acting, got None"),
+    (lambda s: act(s, acting=None), "agent.act: acting must be of type Acting or EncodedActing, got None"),
     (lambda s: act(s, key=ones(2)), "agent.act: key must be one PRNG key.* got an array float32 [2]"),
     (lambda s: agent.imagine(s, transition(), key()), "agent.imagine: context must be of type Batch, got a Transition"),
     (
