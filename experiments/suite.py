@@ -208,12 +208,12 @@ def _connect(ray: Any, suite: Options) -> None:
 
 def _schedule(ray: Any, suite: Options, tasks: Sequence[Task], stop: Callable[[], bool]) -> list[str]:
     directory = tasks[0].logs
+    stop_file = directory / f"stop-{uuid.uuid4().hex[:8]}"
+    submit = _submitter(ray, suite, stop_file)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--logdir {directory.parent}: cannot be written to ({error.strerror})") from error
-    stop_file = directory / f"stop-{uuid.uuid4().hex[:8]}"
-    submit = _submitter(ray, suite, stop_file)
     waiting = {submit(task): task for task in tasks if not task.done}
     failed = []
     progress = Progress(tasks)
