@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import shlex
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -106,6 +107,8 @@ def plan(suite: Options, passed: Sequence[str]) -> tuple[AllOptions, list[Task]]
     """
     games = _games(suite.games)
     _check(suite, passed)
+    if suite.ray_address is not None:
+        _check_address(suite.ray_address)
     size = suite.seeds if suite.seeds_per_task is None else suite.seeds_per_task
     seeds = range(suite.seed, suite.seed + suite.seeds)
     options, *_ = suite_worker.plan(games[0], seeds, passed)
@@ -190,6 +193,17 @@ def _run(ray: Any, suite: Options, tasks: Sequence[Task], stop: Callable[[], boo
             return failed, stop() or stop_now()
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises a ConfigError if nobody answers at host:port; Ray itself would ask for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto", or what Ray will complain about
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--ray-address {address}: cannot be reached ({error})") from error
 
 
 def _connect(ray: Any, suite: Options) -> None:

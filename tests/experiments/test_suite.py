@@ -166,6 +166,7 @@ def test_other_settings_than_those_of_the_runs_are_refused(story, capsys):
         ("--seeds-per-task 0", "--seeds-per-task 0: must be at least 1"),
         ("--gpus-per-task 1.5", "--gpus-per-task 1.5: must be a share of one GPU, or a whole number"),
         ("--gpus-per-task -1", "--gpus-per-task -1.0: must be at least 0"),
+        ("--ray-address 127.0.0.1:1", "--ray-address 127.0.0.1:1: cannot be reached"),
         ("--gpus-per-task nan", "--gpus-per-task nan: must be at least 0"),
         ("--cpus-per-task 0", "--cpus-per-task 0.0: must be more than 0"),
         ("--retries -1", "--retries -1: must be at least 0"),
