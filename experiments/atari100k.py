@@ -116,7 +116,8 @@ def train(
       Failed: if an emulator failed, or updates were not finite.
     """
     config, first = runs[0].config, runs[0]
-    together = Together(len(runs), machine.choose_devices(options.devices, len(runs)))
+    # Fewer than planned if some are finished already.
+    together = Together(len(runs), machine.share_out(len(runs), options.devices))
     state = initial(runs, environments[0].num_actions, together)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(

@@ -69,15 +69,21 @@ def check_memory(config: AgentConfig, stats: dict[str, int] | None, agents: int 
         )
 
 
+def share_out(agents: int, at_most: int | None = None) -> list[jax.Device]:
+    """The local devices, at most so many, that `agents` agents go to: as many as can have the same number of agents."""
+    there = jax.local_devices()[:at_most]
+    return there[: max(count for count in range(1, len(there) + 1) if agents % count == 0)]
+
+
 def choose_devices(wanted: int | None, agents: int) -> list[jax.Device]:
-    """The local devices that `agents` agents are shared out to: as many as possible, each with as many agents.
+    """`share_out`, or the first `wanted` devices.
 
     Raises:
-      ConfigError: if there are not `wanted` devices, or they cannot have as many agents each.
+      ConfigError: if there are not `wanted` devices, or they cannot have the same number of agents.
     """
     there = jax.local_devices()
     if wanted is None:
-        return there[: max(count for count in range(1, len(there) + 1) if agents % count == 0)]
+        return share_out(agents)
     if not 1 <= wanted <= len(there):
         raise ConfigError(f"--devices {wanted}: there are {len(there)} here")
     if agents % wanted:

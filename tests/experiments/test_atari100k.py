@@ -183,6 +183,14 @@ def test_no_compilation_cache_is_kept_where_none_is_asked_for(monkeypatch):
     assert updates == [("jax_compilation_cache_dir", "/tmp/cache")]
 
 
+@pytest.mark.parametrize(
+    ("agents", "at_most", "used"), [(4, None, 4), (5, None, 1), (6, None, 3), (3, 2, 1), (4, 2, 2)]
+)
+def test_agents_are_shared_out_to_as_many_devices_as_can_have_as_many(monkeypatch, agents, at_most, used):
+    monkeypatch.setattr(jax, "local_devices", lambda: list("abcd"))
+    assert machine.share_out(agents, at_most) == list("abcd")[:used]
+
+
 def test_the_evaluation_has_its_own_step_limit(monkeypatch):
     seen = []
     monkeypatch.setattr(machine, "make_atari", lambda game, atari, **rest: seen.append((atari.max_episode_steps, rest)))
