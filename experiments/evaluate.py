@@ -72,17 +72,20 @@ def run(options: Options) -> tuple[str, list[float], pathlib.Path]:
     config = _settings(config, options)
     num_envs = min(options.num_envs, options.episodes)
     with contextlib.closing(make_environment(game, config, num_envs=num_envs, evaluation=True)) as environment:
-        state = saved.load(options.logdir, config, environment.num_actions, file=options.weights, step=options.step)
+        step = checkpoint.newest(options.logdir) if options.weights is None and options.step is None else options.step
+        state = saved.load(options.logdir, config, environment.num_actions, file=options.weights, step=step)
         with contextlib.closing(Progress(options.episodes, config.logging.progress, "evaluation")) as progress:
             key = jax.random.key(options.seed)
             returns = evaluation.evaluate(
                 state, environment, options.episodes, key, on_episode=lambda _: progress.advance()
             )
     assert returns is not None  # nothing stops it
-    path = options.logdir / f"evaluation-{_label(options)}.json"
+    # What tells this evaluation from others of the run.
+    label = str(step) if options.weights is None else options.weights.stem
+    path = options.logdir / f"evaluation-{label}.json"
     result: dict[str, Any] = scores.summary(game, returns) | {
         "game": game,
-        "weights": str(options.weights.name if options.weights else f"checkpoint {_label(options)}"),
+        "weights": options.weights.name if options.weights else f"checkpoint {label}",
         "num_envs": num_envs,
         "seed": options.seed,
         "env_backend": config.atari.backend,
@@ -106,14 +109,6 @@ def _settings(config: RunConfig, options: Options) -> RunConfig:
         atari = dataclasses.replace(atari, backend=options.env_backend)
     # The evaluation's environments get the seed after the run's.
     return dataclasses.replace(config, atari=atari, seed=options.seed)
-
-
-def _label(options: Options) -> str:
-    """What tells this evaluation from others of the run: the checkpoint's step, or the name of the file of weights."""
-    if options.weights is not None:
-        return options.weights.stem
-    step = checkpoint.newest(options.logdir) if options.step is None else options.step
-    return str(step)
 
 
 if __name__ == "__main__":

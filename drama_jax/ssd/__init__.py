@@ -62,7 +62,7 @@ __all__ = [
 
 FASTER: dict[str, tuple[int, int]] = {}
 """dtype of x -> the smallest and the largest T at which the kernels were measured to be faster than "chunked" on an
-H100, forward and backward. Empty: not measured yet."""
+H100, forward and backward. Empty until a whole update has been timed with them (benchmarks/README.md, SSD scan)."""
 Implementation = Literal["reference", "chunked", "pallas"]
 IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 

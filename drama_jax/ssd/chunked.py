@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from drama_jax.precision import at_least_float32
+from drama_jax.ssd.recurrence import compose
 from drama_jax.ssd.segments import segment_index
 
 
@@ -161,11 +162,8 @@ def _pass_states(
     decay = _exp(log_decay, keep).reshape(*states.shape[:4], 1, 1)
     states = states.at[:, 0].add(decay[:, 0] * initial)
 
-    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return left[0] * right[0], left[1] * right[0] + right[1]
-
     if states.shape[1] > 1:
-        _, states = jax.lax.associative_scan(combine, (decay, states), axis=1)
+        _, states = jax.lax.associative_scan(compose, (decay, states), axis=1)
     return jnp.concatenate([initial[:, None], states[:, :-1]], axis=1), states[:, -1]
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import pallas
+from drama_jax.ssd.recurrence import compose
 from drama_jax.ssd.segments import segment_index
 from drama_jax.ssd.tiles import Inputs, Steps, Tiles, padded
 
@@ -22,8 +23,8 @@ CUTS: dict[str, list[tuple[int, int, int, int, int]]] = {
     "bfloat16": [(32, 32, 64, 16, 4), (64, 32, 64, 32, 8), (128, 64, 64, 32, 8), (256, 64, 32, 64, 8)],
     "float32": [(32, 16, 32, 16, 4), (64, 16, 32, 16, 4), (128, 16, 32, 32, 4), (256, 16, 16, 32, 4)],
 }
-"""Largest N, and the chunk, width, depth and warps up to it. Not measured yet: of the cuts tried with the compiler for
-an H100, those with the fewest registers spilt in both directions."""
+"""Largest N, and the chunk, width, depth and warps up to it. Not tuned yet: of the cuts tried with the compiler for an
+H100, those with the fewest registers spilt in both directions."""
 LARGEST_HEAD_DIM, LARGEST_STATE_DIM = 128, 256
 Saved = tuple[Inputs, jax.Array, tuple[()] | None]
 
@@ -158,15 +159,12 @@ def _entries(inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: b
 def _between_strips(sums: jax.Array, decays: jax.Array, first: jax.Array, *, reverse: bool) -> jax.Array:
     """The state at the near end of each strip [B, H, S, P, N], from what each strip adds and `first` [B, H, P, N]."""
 
-    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return left[0] * right[0], left[1] * right[0] + right[1]
-
     if reverse:
         sums, decays, first = sums[:, :, 1:], decays[:, :, 1:], first[:, :, None]
         sums = sums.at[:, :, -1:].add(decays[:, :, -1:, None, None] * first)
-        _, after = jax.lax.associative_scan(combine, (decays[..., None, None], sums), axis=2, reverse=True)
+        _, after = jax.lax.associative_scan(compose, (decays[..., None, None], sums), axis=2, reverse=True)
         return jnp.concatenate([after, first], axis=2)
     sums, decays, first = sums[:, :, :-1], decays[:, :, :-1], first[:, :, None]
     sums = sums.at[:, :, :1].add(decays[:, :, :1, None, None] * first)
-    _, after = jax.lax.associative_scan(combine, (decays[..., None, None], sums), axis=2)
+    _, after = jax.lax.associative_scan(compose, (decays[..., None, None], sums), axis=2)
     return jnp.concatenate([first, after], axis=2)

@@ -14,8 +14,8 @@ not exponentials, and none is positive. Matrix products take bfloat16 operands f
 each is three TF32 products of split operands (float32 to about 21 bits), never one. Sums are in float32.
 
 Lowered through Triton, not Mosaic: Drama's N = 16 is below the tiles of Hopper's asynchronous products that Mosaic
-exposes, Mosaic has no cumulative sum, and scaling operands between load and product is awkward there. To be confirmed
-by measurement. JAX deprecates this lowering since 0.11; `compiler_params` selects it on 0.10 and 0.11 alike.
+exposes, Mosaic has no cumulative sum, and scaling operands between load and product is awkward there. The two were not
+measured against each other. JAX deprecates this lowering since 0.11; `compiler_params` selects it on 0.10 and 0.11.
 
 Letters as in `ssd`; Q steps of a chunk, `width` columns of P and S strips.
 """

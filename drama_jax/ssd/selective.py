@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from drama_jax import checks
 from drama_jax.config import ConfigError
 from drama_jax.precision import at_least_float32
+from drama_jax.ssd.recurrence import compose
 from drama_jax.ssd.segments import segment_index
 
 SELECTIVE_IMPLEMENTATIONS = ("reference", "chunked")
@@ -159,9 +160,6 @@ def _scan(
 ) -> tuple[jax.Array, jax.Array]:
     """The whole sequence, `size` steps at once; the gradient keeps the states between chunks alone."""
 
-    def combine(left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return left[0] * right[0], left[1] * right[0] + right[1]
-
     @jax.checkpoint
     def chunk(state: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, dt, B, C, changed = now  # [B, Q, ..]
@@ -169,7 +167,7 @@ def _scan(
         # What decays is a number, not its logarithm: a reset is a decay of exactly 0.
         decay = jnp.where(changed[..., None, None], 0, decay)
         if size > 1:
-            decay, added = jax.lax.associative_scan(combine, (decay, added), axis=1)
+            decay, added = jax.lax.associative_scan(compose, (decay, added), axis=1)
         states = decay * state[:, None] + added
         return states[:, -1], _read(states, x, C, D)
 

@@ -156,7 +156,6 @@ class _Loop:
         self.programs = Programs(together)
         acting = together.stack([agent.initial_acting(state, 1)] * together.count)
         self.now = LoopState.fresh(together, [member.key for member in members], acting)
-        self.act_keys = self.keys("act_key")
         self.threads = None
         if together.count > 1:
             self.threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(together.count, "environment"))
@@ -165,10 +164,6 @@ class _Loop:
         self.start = time.perf_counter()
         self.interval_start = self.start, 0  # (time, step) at which the metrics interval began
 
-    def keys(self, name: str) -> jax.Array:
-        """Keys of all agents, on their devices."""
-        return self.together.stack([getattr(seat, name) for seat in self.now.seats])
-
     def run(self) -> list[Training]:
         first = done = 0 if self.members[0].snapshot is None else self.members[0].snapshot.step
         self.interval_start = self.start, done
@@ -176,10 +171,11 @@ class _Loop:
         stopped = fault = None
         try:
             observations = self.begin()
+            act_keys = self.together.stack([seat.act_key for seat in self.now.seats])
             for step in range(done, self.config.steps):
                 before = time.perf_counter()
                 acting = self.now.acting
-                observations = self.step(step, observations)
+                observations = self.step(step, observations, act_keys)
                 done = step + 1
                 if done == self.config.steps:
                     self.feed()
@@ -236,17 +232,16 @@ class _Loop:
         environments = [member.environment for member in self.members]
         with self.progress.part("the emulator, step by step") as on_step:
             observations = self.now.restore(snapshots, environments, on_step, self.progress.say)
-        self.act_keys = self.keys("act_key")
         self.unmeasured = len(self.now.step_seconds)
         return observations
 
-    def step(self, step: int, observations: list[Observation]) -> list[Observation]:
+    def step(self, step: int, observations: list[Observation], act_keys: jax.Array) -> list[Observation]:
         """One agent step from `observations`; returns those to act on next."""
         shown = _concatenated([observation.frames for observation in observations])
         firsts = _concatenated([observation.first for observation in observations])
         # A copy, because on CPU the device array might otherwise share the environment's memory.
         frames = self.together.put(shown)
-        chosen = self.choose(step, frames, firsts)
+        chosen = self.choose(step, frames, firsts, act_keys)
         # Queued before the action is fetched, so that the device goes from one to the other without waiting for Python;
         # it works through this update while the emulator plays.
         self.feed()
@@ -269,12 +264,12 @@ class _Loop:
             return [_play(environment, action) for environment, action in zip(environments, actions)]
         return list(self.threads.map(_play, environments, actions))
 
-    def choose(self, step: int, frames: jax.Array, firsts: np.ndarray) -> np.ndarray | jax.Array:
+    def choose(self, step: int, frames: jax.Array, firsts: np.ndarray, act_keys: jax.Array) -> np.ndarray | jax.Array:
         """[N] int32: random during warm-up, then from the policies. Does not wait for the device."""
         if step < self.config.agent.warmup_steps:
             size, seats = self.members[0].environment.num_actions, self.now.seats
             return _concatenated([seat.warmup_rng.integers(size, size=1, dtype=np.int32) for seat in seats])
-        actions, self.now.acting = self.programs.act(self.state, self.now.acting, frames, self.act_keys, step, firsts)
+        actions, self.now.acting = self.programs.act(self.state, self.now.acting, frames, act_keys, step, firsts)
         return actions
 
     def feed(self) -> None:
@@ -335,7 +330,7 @@ class _Loop:
         """Writes the batches of skipped world-model updates; returns where they are, to be appended to a message."""
         paths = []
         for index, member in enumerate(self.members):
-            batch = watch.skipped_batch(self.together.agent(self.state, index))
+            batch = watch.skipped_batch(self.state, () if self.together.count == 1 else (index,))
             paths.append(None if batch is None else member.writer.arrays(steps_done, "not-finite", batch))
         written = [str(path) for path in paths if path is not None]
         return f"; their last batch is in {', '.join(written)}" if written else ""

@@ -23,18 +23,22 @@ def check_skipped(in_a_row: float, limit: int) -> None:
         )
 
 
-def skipped_batch(state: Any) -> dict[str, np.ndarray] | None:
+def skipped_batch(state: Any, which: tuple[int, ...] = ()) -> dict[str, np.ndarray] | None:
     """The windows [B, T, ...] of the last world-model update that was skipped, from the replay of an `AgentState`.
+
+    Args:
+      state: of one agent, or of several, stacked.
+      which: of several, the index of the one that is asked for: its replay is not copied as a whole.
 
     Returns:
       One array per field of `replay.Batch`, and `slots` [B], where in the ring the windows start; None if the world
       model's last update was not skipped: then it is the behaviour's, which learns from imagined steps.
     """
-    if not state.guard.in_a_row[guard.WORLD_MODEL]:
+    if not state.guard.in_a_row[(*which, guard.WORLD_MODEL)]:
         return None
-    slots = np.asarray(state.guard.slots)
+    slots = np.asarray(state.guard.slots[which])
     memory, length = state.replay, state.config.world_model.batch_length
-    where = (slots[:, None] + np.arange(length)) % memory.capacity
+    where = (*which, (slots[:, None] + np.arange(length)) % state.config.replay.capacity)
     fields = ("frames", "actions", "rewards", "terminals", "firsts")
     return {name: np.asarray(getattr(memory, name)[where]) for name in fields} | {"slots": slots}
 
