@@ -7,7 +7,6 @@ Mean, median and interquartile mean of human-normalised scores, and stratified b
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from drama_jax.training import scores
+from experiments.tables import BESIDE, REFERENCES, markdown_table, score, standard_error
 
 RESAMPLES = 20_000
 LEVEL = 0.95
-_SHOWN = {"Drama_XS": "Drama", "DreamerV3": "DreamerV3", "STORM": "STORM"}
-_REFERENCES = ("random", "human")
 Array = npt.NDArray[np.float64]
 Scores = Mapping[str, Sequence[float]]
 """Game -> a score of every seed."""
@@ -89,17 +87,10 @@ def estimate(normalised: Scores, resamples: int = RESAMPLES, seed: int = 0) -> d
 
 def normalise(raw: Scores) -> dict[str, list[float]]:
     """Human-normalised scores of the games that have references and at least one score."""
-    known = scores.table()
+    ratios = {game: [scores.human_normalised(game, float(value)) for value in values] for game, values in raw.items()}
     return {
-        game: [(value - known[game]["random"]) / (known[game]["human"] - known[game]["random"]) for value in values]
-        for game, values in raw.items()
-        if game in known and values
+        game: known for game, values in ratios.items() if (known := [value for value in values if value is not None])
     }
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for fewer than two values."""
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def published(games: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -108,7 +99,7 @@ def published(games: Sequence[str]) -> dict[str, dict[str, Any]]:
     An interquartile mean needs the single runs, which tables of means do not have.
     """
     known = scores.table()
-    columns = dict.fromkeys(name for row in known.values() for name in row if name not in _REFERENCES)
+    columns = dict.fromkeys(name for row in known.values() for name in row if name not in REFERENCES)
     result: dict[str, dict[str, Any]] = {}
     for name in columns:
         values = {game: known[game][name] for game in games if name in known.get(game, {})}
@@ -144,14 +135,14 @@ def summary(raw: Scores) -> dict[str, Any]:
 def markdown(result: Mapping[str, Any], all_columns: bool) -> str:
     """The table of a `summary`, beside every published column or beside a few."""
     beside = {
-        name: name if all_columns else _SHOWN[name] for name in result["published"] if all_columns or name in _SHOWN
+        name: name if all_columns else BESIDE[name] for name in result["published"] if all_columns or name in BESIDE
     }
-    head = ["game", *_REFERENCES, *beside.values(), "this suite", "seeds", "human-normalised"]
+    head = ["game", *REFERENCES, *beside.values(), "this suite", "seeds", "human-normalised"]
     body = [_row(game, one, result, list(beside)) for game, one in result["games"].items()]
     body += _aggregates(result, list(beside))
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     if all_columns:
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown_table(head, body)
+    lines = [head, [], *body]
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     lines[1] = ["-" * width for width in widths]
     return "\n".join(
@@ -161,11 +152,17 @@ def markdown(result: Mapping[str, Any], all_columns: bool) -> str:
 
 
 def _row(game: str, one: Mapping[str, Any], result: Mapping[str, Any], beside: Sequence[str]) -> list[str]:
-    references = [scores.table().get(game, {}).get(name) for name in _REFERENCES]
+    references = [scores.table().get(game, {}).get(name) for name in REFERENCES]
     others = [result["published"][name]["scores"].get(game) for name in beside]
-    error = "" if one["standard_error"] is None else f" ± {_score(one['standard_error'])}"
-    cells = [_score(value) for value in (*references, *others)]
-    return [game, *cells, f"{_score(one['mean'])}{error}", str(len(one["scores"])), _ratio(one["human_normalised"])]
+    error = "" if one["standard_error"] is None else f" ± {score(one['standard_error'])}"
+    cells = [score(value) for value in (*references, *others)]
+    return [
+        game,
+        *cells,
+        f"{score(one['mean'])}{error}",
+        str(len(one["scores"])),
+        _ratio(one["human_normalised"]),
+    ]
 
 
 def _aggregates(result: Mapping[str, Any], beside: Sequence[str]) -> list[list[str]]:
@@ -180,12 +177,6 @@ def _aggregates(result: Mapping[str, Any], beside: Sequence[str]) -> list[list[s
             [f"human-normalised {name}", "0.000", "1.000", *others, "", "", f"{_ratio(one['value'])}{interval}"]
         )
     return rows
-
-
-def _score(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
 
 
 def _ratio(value: float | None) -> str:

@@ -24,13 +24,13 @@ from drama_jax.config import ConfigError
 from drama_jax.training import files, scores
 from experiments import figures
 from experiments.command_line import parse_plain
+from experiments.tables import BESIDE, REFERENCES, markdown_table, mean_and_error, score
 
 _PROGRAM = "python -m experiments.report"
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 LAST = 10_000
 """Agent steps at the end of a run whose training episodes are averaged."""
-_README_COLUMNS = {"Drama_XS": "Drama", "DreamerV3": "DreamerV3", "STORM": "STORM"}
 Result = Mapping[str, Any]
 
 
@@ -135,17 +135,31 @@ def load() -> list[dict[str, Any]]:
 
 def all_columns(results: Sequence[Result]) -> str:
     """experiments/results/README.md: every run, and every verified published column."""
-    names = [name for name in next(iter(scores.table().values())) if name not in ("random", "human")]
+    names = [name for name in next(iter(scores.table().values())) if name not in REFERENCES]
     names = list(dict.fromkeys([name for row in scores.table().values() for name in row] + names))
-    published = [name for name in names if name not in ("random", "human")]
+    published = [name for name in names if name not in REFERENCES]
     head = ["game", "random", "human", "this project", *published]
     body = []
     for result in results:
         row = scores.table().get(result["game"], {})
-        cells = [_score(row.get(name)) for name in ("random", "human")]
-        body.append([_name(result), *cells, _evaluated(result), *(_score(row.get(name)) for name in published)])
+        cells = [score(row.get(name)) for name in REFERENCES]
+        body.append(
+            [
+                _name(result),
+                *cells,
+                mean_and_error(result["evaluation_returns"]),
+                *(score(row.get(name)) for name in published),
+            ]
+        )
     text = "Written by `python -m experiments.report`. Sources and protocols: `drama_jax/training/data/SOURCES.md`."
-    sections = ("# Full runs", text, "## Runs", runs(results), "## Beside all published columns", _table(head, body))
+    sections = (
+        "# Full runs",
+        text,
+        "## Runs",
+        runs(results),
+        "## Beside all published columns",
+        markdown_table(head, body),
+    )
     return "\n\n".join(sections) + "\n"
 
 
@@ -161,15 +175,22 @@ def in_readme(readme: str, results: Sequence[Result]) -> str:
 
 
 def _scores_table(results: Sequence[Result]) -> str:
-    head = ["game", "random", "human", *_README_COLUMNS.values(), "this project", "human-normalised"]
+    head = ["game", "random", "human", *BESIDE.values(), "this project", "human-normalised"]
     body = []
     for result in results:
         row = scores.table().get(result["game"], {})
         mean = _mean(result)
         normalised = None if mean is None else scores.human_normalised(result["game"], mean)
-        cells = [_score(row.get(name)) for name in ("random", "human", *_README_COLUMNS)]
-        body.append([_name(result), *cells, _evaluated(result), "" if normalised is None else f"{normalised:.2f}"])
-    return _table(head, body)
+        cells = [score(row.get(name)) for name in (*REFERENCES, *BESIDE)]
+        body.append(
+            [
+                _name(result),
+                *cells,
+                mean_and_error(result["evaluation_returns"]),
+                "" if normalised is None else f"{normalised:.2f}",
+            ]
+        )
+    return markdown_table(head, body)
 
 
 def runs(results: Sequence[Result]) -> str:
@@ -179,8 +200,8 @@ def runs(results: Sequence[Result]) -> str:
         [
             f"{result['game']} {result['preset']} seed {result['seed']}",
             f"{result['steps']:,}" + ("" if result["complete"] else " (cut short)"),
-            _score(result["last_training_mean"]),
-            _evaluated(result),
+            score(result["last_training_mean"]),
+            mean_and_error(result["evaluation_returns"]),
             str(len(result["evaluation_returns"])),
             f"{result['ms_per_step']:.1f}",
             f"{result['wall_clock_s'] / 60:.1f}",
@@ -188,7 +209,7 @@ def runs(results: Sequence[Result]) -> str:
         ]
         for result in results
     ]
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 def _name(result: Result) -> str:
@@ -199,26 +220,6 @@ def _name(result: Result) -> str:
 
 def _mean(result: Result) -> float | None:
     return float(np.mean(result["evaluation_returns"])) if result["evaluation_returns"] else None
-
-
-def _evaluated(result: Result) -> str:
-    """Mean and its standard error over the evaluation episodes."""
-    mean, episodes = _mean(result), len(result["evaluation_returns"])
-    if mean is None:
-        return ""
-    error = float(np.std(result["evaluation_returns"], ddof=1)) / math.sqrt(episodes) if episodes > 1 else 0.0
-    return f"{_score(mean)} ± {_score(error)}"
-
-
-def _score(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _read_text(path: pathlib.Path) -> str:

@@ -49,7 +49,7 @@ def prepare(options: Options, game: str, planned: Sequence[Planned], stack: cont
             f"the directory that holds their runs"
         )
     if len(planned) > 1:
-        done = [one for one in planned if options.resume and _finished(options, game, one)]
+        done = [one for one in planned if options.resume and finished(options, game, one)]
         if len(done) < len(planned):
             for one in done:
                 say(f"{one.label} is finished")
@@ -74,10 +74,12 @@ def _find(options: Options, game: str, planned: Planned) -> pathlib.Path | None:
     )
 
 
-def _finished(options: Options, game: str, planned: Planned) -> bool:
-    """Whether a run of this agent is finished, and none is under way."""
-    runs = resume.runs(options.logdir, game, options.preset, planned.config, planned.swept)
-    return bool(runs) and all(resume.finished(run, planned.config.steps) for run in runs)
+def finished(options: Options, game: str, planned: Planned) -> pathlib.Path | None:
+    """The directory of an agent's newest run if it is finished and none is under way."""
+    directories = resume.runs(options.logdir, game, options.preset, planned.config, planned.swept)
+    if directories and all(resume.finished(directory, planned.config.steps) for directory in directories):
+        return max(directories, key=lambda path: path.name)
+    return None
 
 
 def _new(options: Options, game: str, planned: Planned, stack: contextlib.ExitStack) -> Run:

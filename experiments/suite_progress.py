@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from drama_jax.training import resume
-from experiments import suite_worker
+from experiments import runs, suite_worker
 from experiments.command_line import AllOptions, Planned
 
 _TAIL_BYTES = 65_536
@@ -72,7 +72,7 @@ class Task:
         """Seed, run directory and mean score of every agent; None where there is none."""
         rows: list[tuple[int, str | None, float | None]] = []
         for one in self.planned:
-            directory = suite_worker.finished(self.options, self.game, one)
+            directory = runs.finished(self.options, self.game, one)
             if directory is None:
                 rows.append((one.config.seed, None, None))
             else:

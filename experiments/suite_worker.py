@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from drama_jax.training import checkpoint, resume, scores
-from experiments import atari100k, command_line
+from experiments import atari100k, command_line, runs
 from experiments.command_line import AllOptions, Planned
 
 PROGRAM = "python -m experiments.suite"
@@ -82,7 +82,7 @@ def parts(options: AllOptions, game: str, planned: Sequence[Planned]) -> list[li
     result: list[list[Planned]] = []
     steps: list[set[int] | None] = []
     for one in planned:
-        if finished(options, game, one) is not None:
+        if runs.finished(options, game, one) is not None:
             continue
         its = _steps(options, game, one)
         if not result or not _in_step([*steps, its]):
@@ -93,23 +93,14 @@ def parts(options: AllOptions, game: str, planned: Sequence[Planned]) -> list[li
     return result
 
 
-def finished(options: AllOptions, game: str, one: Planned) -> pathlib.Path | None:
-    """The directory of an agent's run if it is finished and none is under way."""
-    directories = resume.runs(options.logdir, game, options.preset, one.config)
-    if directories and all(resume.finished(directory, one.config.steps) for directory in directories):
-        return max(directories, key=lambda path: path.name)
-    return None
-
-
 def _steps(options: AllOptions, game: str, one: Planned) -> set[int] | None:
     """The steps at which an agent's run can go on; None if it has not begun."""
     directories = resume.runs(options.logdir, game, options.preset, one.config)
     unfinished = [directory for directory in directories if not resume.finished(directory, one.config.steps)]
     if not unfinished:
         return None
-    folder = max(unfinished, key=lambda path: path.name) / checkpoint.FOLDER
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return {int(name) for name in names if name.isdecimal()} or {0}
+    newest = max(unfinished, key=lambda path: path.name)
+    return set(checkpoint.steps_in(newest / checkpoint.FOLDER)) or {0}
 
 
 def _in_step(steps: Sequence[set[int] | None]) -> bool:

@@ -136,10 +136,10 @@ def _write(run: pathlib.Path, identity: str, log: ReplayLog, snapshot: Snapshot)
 
 
 def _remove_old(run: pathlib.Path, log: ReplayLog) -> None:
-    for step in _steps(run / FOLDER)[_KEPT:]:
+    for step in steps_in(run / FOLDER)[_KEPT:]:
         files.remove_directory(run / FOLDER / str(step))
     try:
-        kept = [manifest.read(run / FOLDER / str(step)) for step in _steps(run / FOLDER)]
+        kept = [manifest.read(run / FOLDER / str(step)) for step in steps_in(run / FOLDER)]
     except Invalid:
         return  # it may still be told by hand what belongs to it
     log.remove_except({name for one in kept for name in one.segments})
@@ -159,7 +159,7 @@ def load(
     Raises:
       ConfigError: there are checkpoints, and none can be used.
     """
-    steps, problems = _steps(run / FOLDER), []
+    steps, problems = steps_in(run / FOLDER), []
     for step in [step for step in steps if at_most is not None and step > at_most]:
         ahead = run / FOLDER / str(step)
         files.rename(ahead, _free(ahead.with_name(f"{step}.ahead")))
@@ -249,7 +249,7 @@ def _find(path: pathlib.Path | str, step: int | None) -> pathlib.Path:
         candidates = [path]
     else:
         folder = path / FOLDER if (path / FOLDER).is_dir() else path
-        steps = _steps(folder)
+        steps = steps_in(folder)
         if not steps or step not in (None, *steps):
             wanted = "" if step is None else f" of step {step}"
             raise ConfigError(f"no checkpoint{wanted} in {path}; there: {sorted(steps) or 'none'}")
@@ -265,8 +265,8 @@ def _find(path: pathlib.Path | str, step: int | None) -> pathlib.Path:
     raise ConfigError(f"no checkpoint can be used: {'; '.join(problems)}; name another one")
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, the newest first."""
+def steps_in(folder: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints in a `checkpoints` folder, the newest first; none if it is not there."""
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     # As this program writes them: neither "030" nor digits of another script.
     return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from drama_jax.training import scores
-from experiments import aggregate
+from experiments import aggregate, tables
 
 # Two games of four seeds. Per game 2.5 and 25; of the eight runs 1 2 3 4 10 20 30 40 the middle four are 3 4 10 20.
 TWO = {"A": [4.0, 1.0, 3.0, 2.0], "B": [10.0, 40.0, 20.0, 30.0]}
@@ -94,8 +94,8 @@ def test_every_game_needs_a_score(nothing):
 
 def test_normalised_scores_and_standard_errors():
     assert aggregate.normalise({"Pong": [-20.7, 14.6], "Adventure": [1.0], "Alien": []}) == {"Pong": [0.0, 1.0]}
-    assert aggregate.standard_error([1.0, 3.0]) == 1.0
-    assert aggregate.standard_error([1.0]) is None
+    assert tables.standard_error([1.0, 3.0]) == 1.0
+    assert tables.standard_error([1.0]) is None
 
 
 def test_published_columns_are_of_the_games_they_have():
