@@ -104,19 +104,16 @@ def _continued(
     steps = [0 if one is None else one[0].step for one in loaded]
     if len(set(steps)) > 1:
         # Ended in the middle of saving: some have written a checkpoint that others have not.
+        common = min(steps)
+        _check_step(directories, common)
         loaded = [
-            checkpoint.load(directory, identity, say, at_most=min(steps))
+            checkpoint.load(directory, identity, say, at_most=common)
             for directory, (identity, _) in zip(directories, checked)
         ]
     runs = []
     for one, directory, (identity, changed), saved in zip(planned, directories, checked, loaded):
         snapshot, segments = saved or (None, [])
         step = 0 if snapshot is None else snapshot.step
-        if step != min(steps):
-            raise ConfigError(
-                f"{directory} cannot go on at step {min(steps)} with the others: it has no checkpoint of that "
-                f"step; run it by itself with --logdir {directory}"
-            )
         if step > one.config.steps:
             raise ConfigError(f"--steps {one.config.steps}: the run in {directory} has done {step} steps already")
         resume.note(directory, one.config, step, changed)
@@ -126,6 +123,17 @@ def _continued(
         resume.announce(changed, say)
         runs.append(Run(game, one.config, options.preset, directory, identity, snapshot, segments))
     return runs
+
+
+def _check_step(directories: Sequence[pathlib.Path], step: int) -> None:
+    """Raises a ConfigError if a run has no checkpoint of `step`; touches nothing."""
+    for directory in directories:
+        saved = checkpoint.steps_in(directory / checkpoint.FOLDER)
+        if step not in saved:
+            raise ConfigError(
+                f"{directory} cannot go on at step {step}, where another agent of this command is: it has checkpoints "
+                f"of {', '.join(map(str, sorted(saved))) or 'no step'}; run them in two commands"
+            )
 
 
 def say(message: str) -> None:

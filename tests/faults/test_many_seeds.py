@@ -183,6 +183,20 @@ def test_seeds_that_have_not_begun_cannot_join(tmp_path, monkeypatch, capsys):
     assert "seed 0, seed 1 has begun and seed 2 has not" in error
 
 
+def test_runs_at_different_steps_are_refused_and_left_as_they_are(tmp_path, monkeypatch, capsys):
+    def kill():
+        raise Killed
+
+    for seed, step in ((0, 45), (1, 13)):
+        with haunted(monkeypatch, {step: kill}), pytest.raises(Killed):
+            main(tmp_path, "--seed", str(seed))
+    before = {seed: steps_saved(run) for seed, run in runs(tmp_path).items()}
+    assert before[1] == [10] and 10 not in before[0]
+    assert main(tmp_path, "--seeds", "2") == 2
+    assert "cannot go on at step 10, where another agent of this command is" in capsys.readouterr().err
+    assert {seed: steps_saved(run) for seed, run in runs(tmp_path).items()} == before
+
+
 def test_four_devices_give_what_one_gives(whole, tmp_path):
     """In a process of its own, because a CPU is divided into devices when JAX starts."""
     environment = dict(os.environ, **ENVIRONMENT, XLA_FLAGS="--xla_force_host_platform_device_count=4")
