@@ -68,7 +68,10 @@ class ConvBlock(nn.Module):
         norm = BatchNorm(self.features, PHASES_OUT[self.kind], param_dtype=params, name="norm")
         stencil = STENCILS[self.kind]
         if train:
-            return norm.train_silu(conv3x3(x, stencil(kernel.astype(self.dtype))), bias, layout)
+            taps = stencil(kernel.astype(self.dtype))
+            if self.kind == "stride1" and layout == "same":
+                return norm.train_first_silu(x, taps, bias)
+            return norm.train_silu(conv3x3(x, taps), bias, layout)
         scale, shift = norm.folded(bias)
         folded = stencil((kernel * scale).astype(self.dtype))
         return conv_silu(x, folded, jnp.tile(shift, PHASES_OUT[self.kind]), layout)

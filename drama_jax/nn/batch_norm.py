@@ -3,7 +3,8 @@
 (Ioffe & Szegedy 2015, arXiv 1502.03167.) Differs from `flax.linen.BatchNorm` in what the released model depends on or
 speed asks for: the running variance uses the unbiased batch variance; in evaluation mode the affine map is returned,
 for the caller to fold into the preceding convolution's kernel; and in training the gradient of normalisation and SiLU
-together is written out as two passes over the activations, one for the sums per channel and one for the result.
+together is written out as two passes over the activations, one for the sums per channel and one for the result. On a
+GPU those of the first layer are one, which `conv_normalise_silu` shares with the kernel's gradient.
 
 Shapes: y [.., phases * C], where C is the number of channels and `phases` how many phases of a channel the last axis
 holds (4 in phase layout, else 1), phase-major.
@@ -19,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from drama_jax.nn.convolution import depth_to_space, space_to_depth
+from drama_jax.nn import gpu_convolution, gpu_first_layer
+from drama_jax.nn.convolution import conv3x3, depth_to_space, space_to_depth
 
 Layout = Literal["same", "phases", "pixels"]
 """What becomes of the activation: nothing, pixels to phases, or phases to pixels."""
@@ -69,9 +71,31 @@ class BatchNorm(nn.Module):
         Returns:
           Dtype of `y`, in `layout`.
         """
-        activated, mean, var = normalise_silu(y, self.gamma, self.beta, self.phases, self.epsilon, layout)
+        result = normalise_silu(y, self.gamma, self.beta, self.phases, self.epsilon, layout)
+        return self._record(*result, offset)
+
+    def train_first_silu(self, x: jax.Array, kernel: jax.Array, offset: jax.Array) -> jax.Array:
+        """`train_silu(conv3x3(x, kernel), offset)`, fast where nothing asks for the gradient by `x`: the first layer.
+
+        Args:
+          x: input of the convolution [N, h, w, I].
+          kernel: [3, 3, I, phases * C], of the dtype of `x`.
+          offset: as for `train_silu`.
+
+        Returns:
+          [N, h, w, phases * C], dtype of `x`.
+        """
+        if not (gpu_convolution.available() and gpu_first_layer.serves(x, kernel.shape[-1])):
+            return self.train_silu(conv3x3(x, kernel), offset)
+        # Padded here, the zeros are written once for both passes.
+        x, kernel = gpu_first_layer.padded(x, kernel)
+        result = conv_normalise_silu(x, kernel, self.gamma, self.beta, self.phases, self.epsilon)
+        return self._record(*result, offset)
+
+    def _record(self, activated: jax.Array, mean: jax.Array, var: jax.Array, offset: jax.Array) -> jax.Array:
+        """Moves the running statistics; returns the activation."""
         if not self.is_initializing():
-            count = y.size // self.features
+            count = activated.size // self.features
             keep = 1 - self.momentum
             unbiased = var * (count / max(count - 1, 1))
             offset = lax.stop_gradient(offset)
@@ -137,8 +161,7 @@ def _normalise_silu_backward(
     by_gamma = inverse * (by_y - mean * by_beta)
     # Behind the barrier `inner` is computed anew instead of being written to memory and read again.
     y, gradient, by_beta, by_gamma = lax.optimization_barrier((y, gradient, by_beta, by_gamma))
-    slope = -scale * by_gamma * inverse
-    level = -scale * by_beta - slope * mean
+    slope, level = _slope_and_level(by_beta, by_gamma, saved)
     result = through_silu(y, gradient) * jnp.tile(scale, phases)
     result = result + y.astype(dtype) * jnp.tile(slope, phases) + jnp.tile(level, phases)
     count = y.size // scale.shape[0]
@@ -146,6 +169,78 @@ def _normalise_silu_backward(
 
 
 normalise_silu.defvjp(_normalise_silu, _normalise_silu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def conv_normalise_silu(
+    x: jax.Array,
+    kernel: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array,
+    phases: int,
+    epsilon: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`normalise_silu(conv3x3(x, kernel), gamma, beta, phases, epsilon)`, whose gradients are one pass on a GPU.
+
+    Args:
+      x: [N, h, w, 16], of a size that `gpu_first_layer.sums` takes.
+      kernel: [3, 3, 16, phases * C], of the dtype of `x`.
+      gamma: [C].
+      beta: [C].
+      phases: static.
+      epsilon: static.
+      interpret: run the backward pass without a GPU, slowly; static.
+
+    Returns:
+      As `normalise_silu`, for the layout "same".
+    """
+    return normalise_silu(conv3x3(x, kernel), gamma, beta, phases, epsilon)
+
+
+def _conv_normalise_silu(
+    x: jax.Array, kernel: jax.Array, gamma: jax.Array, beta: jax.Array, phases: int, epsilon: float, interpret: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]]:
+    result, saved = _normalise_silu(conv3x3(x, kernel), gamma, beta, phases, epsilon, "same")
+    return result, (x, kernel, saved)
+
+
+def _conv_normalise_silu_backward(
+    phases: int,
+    epsilon: float,
+    interpret: bool,
+    kept: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]],
+    gradients: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[jax.Array, ...]:
+    x, kernel, saved = kept
+    y, scale, shift, mean, inverse = saved
+
+    def tiled(vector: jax.Array) -> jax.Array:
+        return jnp.tile(vector, phases).astype(jnp.float32)
+
+    vectors = scale.astype(jnp.float32), shift.astype(jnp.float32)
+    by_inner, by_output, sums, at_taps = gpu_first_layer.sums(x, y, gradients[0], *vectors, interpret=interpret)
+    count = y.size // scale.shape[0]
+    by_beta, by_y = sums.reshape(2, phases, -1).sum(axis=1).astype(scale.dtype) / count
+    by_gamma = inverse * (by_y - mean * by_beta)
+    slope, level = _slope_and_level(by_beta, by_gamma, saved)
+    by_kernel = by_inner * tiled(scale) + by_output * tiled(slope) + at_taps[..., None] * tiled(level)
+    # The compiler leaves this out where nothing reads it, as for frames.
+    through_norm, _, _ = _normalise_silu_backward(phases, epsilon, "same", saved, gradients)
+    (by_x,) = jax.vjp(lambda x: conv3x3(x, kernel), x)[1](through_norm)
+    return by_x, by_kernel.astype(kernel.dtype), by_gamma * count, by_beta * count
+
+
+conv_normalise_silu.defvjp(_conv_normalise_silu, _conv_normalise_silu_backward)
+
+
+def _slope_and_level(
+    by_beta: jax.Array, by_gamma: jax.Array, saved: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """What the gradient by y gets through the mean and variance: y slope + level, both [C]."""
+    _, scale, _, mean, inverse = saved
+    slope = -scale * by_gamma * inverse
+    return slope, -scale * by_beta - slope * mean
 
 
 def rearrange(x: jax.Array, layout: str) -> jax.Array:

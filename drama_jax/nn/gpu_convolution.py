@@ -13,7 +13,8 @@ an elementwise end, which `conv3x3` fuses, together with the layout that the nex
 Notation: N images, h x w cells, I and O channels. A program serves `positions` cells: one row of positions / w images.
 `benchmarks/autoencoder.py` measures every choice made here.
 
-Lowered through the Triton backend of Pallas, deprecated in JAX since 0.11; all Pallas names of `nn` are in this file.
+Lowered through the Triton backend of Pallas, deprecated in JAX since 0.11; of the modules of `nn`, only
+those whose names begin with `gpu` have Pallas names.
 """
 
 from __future__ import annotations

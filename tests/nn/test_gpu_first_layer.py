@@ -1,0 +1,159 @@
+"""The first layer's backward pass in one kernel: interpreted against the passes of XLA, and its lowering for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from drama_jax.nn import gpu_convolution, gpu_first_layer
+from drama_jax.nn.batch_norm import conv_normalise_silu, normalise_silu
+from drama_jax.nn.convolution import conv3x3
+from drama_jax.vae import ConvBlock
+from tests.tools import quick_jit
+
+EPSILON = 1e-5
+SHAPES = [
+    (3, 4, 16, 32),  # images, height, width, features: a group with a place for one more image; two blocks of outputs
+    (267, 2, 32, 4),  # more groups than programs, the last of them without an image
+]
+
+
+def inputs(shape, dtype=jnp.float32, offset=0.5, seed=0):
+    """Frames, which are no less than zero, kernel, gamma, beta, and the gradient of the activation."""
+    images, height, width, features = shape
+    rng = np.random.default_rng(seed)
+    out = 4 * features
+    frames = rng.uniform(size=(images, height, width, 16)).astype(np.float32)
+    frames[..., 12:] = 0
+    kernel = rng.normal(size=(3, 3, 16, out)) / 10
+    gamma, beta = 1 + rng.normal(size=features) / 4, rng.normal(size=features)
+    weight = rng.normal(size=(images, height, width, out)) + offset
+    x, kernel, weight = (jnp.asarray(array, dtype) for array in (frames, kernel, weight))
+    return x, kernel, jnp.asarray(gamma, jnp.float32), jnp.asarray(beta, jnp.float32), weight
+
+
+def in_use(x, kernel, gamma, beta):
+    return normalise_silu(conv3x3(x, kernel), gamma, beta, 4, EPSILON)
+
+
+def in_one_pass(x, kernel, gamma, beta):
+    return conv_normalise_silu(x, kernel, gamma, beta, 4, EPSILON, True)
+
+
+def gradients(function, x, kernel, gamma, beta, weight):
+    """Value, statistics, and gradients by all four, the input included."""
+    result, pull = jax.vjp(function, x, kernel, gamma, beta)
+    return result, pull((weight, jnp.zeros_like(gamma), jnp.zeros_like(beta)))
+
+
+@functools.cache
+def compiled(function):
+    return quick_jit(functools.partial(gradients, function))
+
+
+@functools.cache
+def strictly_rounded(function):
+    """Compiled with every rounding to bfloat16 that is written: XLA's CPU backend leaves some out by default."""
+    options = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
+    return jax.jit(functools.partial(gradients, function), compiler_options=options)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_interpreted_equals_the_passes_of_xla(shape):
+    (expected, by_expected), (actual, by_actual) = (compiled(f)(*inputs(shape)) for f in (in_use, in_one_pass))
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    for name, a, b in zip(("x", "kernel", "gamma", "beta"), by_actual, by_expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()), err_msg=name)
+
+
+def test_in_bfloat16_it_is_as_close_to_float32():
+    distances = []  # of the path in use and of ours, by kernel, gamma and beta
+    for seed in range(4):
+        rounded = inputs((9, 8, 32, 16), jnp.bfloat16, 0.1, seed)
+        exact = compiled(in_use)(*(array.astype(jnp.float32) for array in rounded))[1][1:]
+        (value, now), (same, new) = (strictly_rounded(f)(*rounded) for f in (in_use, in_one_pass))
+        np.testing.assert_array_equal(same[0], value[0])
+        scales = [jnp.linalg.norm(e) for e in exact]
+        distances.append(
+            [[jnp.linalg.norm(g.astype(e.dtype) - e) / s for g, e, s in zip(a[1:], exact, scales)] for a in (now, new)]
+        )
+    now, new = np.sqrt(np.mean(np.square(distances), axis=0))
+    assert (new < 1.01 * now).all(), (now, new)
+    assert (now < 4e-3).all(), now
+
+
+def test_vmap_equals_loop():
+    stacked = [jnp.stack([array, array[::-1] * 0.5]) for array in inputs(SHAPES[0])]
+    batched = quick_jit(jax.vmap(functools.partial(gradients, in_one_pass)))(*stacked)
+    for i in range(2):
+        single = compiled(in_one_pass)(*(array[i] for array in stacked))
+        for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(single), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "out", "dtype", "expected"),
+    [
+        (32, 12, 64, jnp.bfloat16, True),  # preset xs
+        (32, 12, 128, jnp.bfloat16, True),  # preset s
+        (32, 16, 64, jnp.bfloat16, True),  # four colours
+        (32, 12, 64, jnp.float32, False),
+        (32, 12, 64, jnp.float64, False),
+        (32, 12, 96, jnp.bfloat16, False),
+        (32, 20, 64, jnp.bfloat16, False),
+        (48, 12, 64, jnp.bfloat16, False),
+        (16, 12, 16, jnp.bfloat16, False),  # preset tiny
+    ],
+)
+def test_shapes_served(size, channels, out, dtype, expected):
+    assert gpu_first_layer.serves(jax.ShapeDtypeStruct((7, size, size, channels), dtype), out) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 12, 16), (1, 2, 48, 16, 16), (1, 2, 2, 16, 48)], ids=str)
+def test_other_shapes_are_refused(shape):
+    *cells, channels, out = shape
+    y, vector = jnp.zeros((*cells, out)), jnp.zeros(out)
+    with pytest.raises(ValueError, match="gpu_first_layer.sums needs I 16, w a divisor of 64"):
+        gpu_first_layer.sums(jnp.zeros((*cells, channels)), y, y, vector, vector)
+
+
+def lowered(function, *arguments):
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("features", "kind", "dtype", "available", "seeds", "expected"),
+    [
+        (16, "stride1", jnp.bfloat16, True, None, True),
+        (16, "stride1", jnp.bfloat16, True, 3, True),
+        (32, "stride1", jnp.bfloat16, True, None, True),
+        (16, "stride1", jnp.float32, True, None, False),
+        (16, "stride1", jnp.bfloat16, False, None, False),
+        (64, "stride2", jnp.bfloat16, True, None, False),
+    ],
+)
+def test_which_layer_uses_it(monkeypatch, features, kind, dtype, available, seeds, expected):
+    """Training's first layer, where there is such a GPU, in bfloat16; the kernel lowers for CUDA."""
+    monkeypatch.setattr(gpu_convolution, "available", lambda: available)
+    block = ConvBlock(features, kind, dtype)
+    x = jnp.zeros((3, 32, 32, 12), dtype)
+    variables = jax.eval_shape(lambda: block.init(jax.random.key(0), x, True))
+
+    def loss(params, x):
+        variables_ = {**variables, "params": params}
+        return block.apply(variables_, x, True, mutable=["batch_stats"])[0].astype(jnp.float32).sum()
+
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
+    arguments, gradient = (variables["params"], x), jax.grad(loss)
+    if seeds is not None:
+        arguments = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), arguments)
+        gradient = jax.vmap(gradient)
+    assert ("first_layer_gradient" in lowered(gradient, *arguments)) == expected
