@@ -3,8 +3,8 @@
     python -m benchmarks.autoencoder
 
 Layers are timed as XLA runs them and as our GPU kernels do, on the 8192 context frames of one imagination and on the
-2048 frames of a training batch; results are compared. `floor_ms` is the larger of bytes over bandwidth
-and operations over peak rate.
+2048 frames of a training batch, and so is the backward pass of the first layer; results are compared. `floor_ms` is the
+larger of bytes over bandwidth and operations over peak rate.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks import common, floors
 from drama_jax import nn, vae
 from drama_jax.config import preset
 from drama_jax.nn import gpu_convolution
+from drama_jax.nn.batch_norm import conv_normalise_silu, normalise_silu
 
 # (height, input channels in phases, output channels, output to phases) of the encoder's layers, preset xs.
 LAYERS = [(32, 16, 64, False), (32, 64, 32, True), (16, 128, 48, True), (8, 192, 64, True), (4, 256, 64, False)]
@@ -65,6 +66,28 @@ def training_rows(frames: int) -> list[dict[str, Any]]:
     return rows
 
 
+def first_layer_rows(frames: int) -> list[dict[str, Any]]:
+    """Backward pass of training's first layer: the passes of XLA and our kernel gradient against one kernel."""
+    height, channels, out, _ = LAYERS[0]
+    x, kernel = inputs(0, frames, height, channels, out)
+    gradient = jax.random.normal(jax.random.key(8), (frames, height, height, out), x.dtype)
+    affine = jnp.ones((out // 4,), jnp.float32), jnp.zeros((out // 4,), jnp.float32)
+    forward = {
+        "xla": lambda kernel: normalise_silu(nn.conv3x3(x, kernel), *affine, 4, 1e-5),
+        "pallas": lambda kernel: conv_normalise_silu(x, kernel, *affine, 4, 1e-5),
+    }
+    none = jax.tree.map(jnp.zeros_like, affine)  # the gradients of mean and variance
+    # What the forward passes keep is an argument of the backward passes, which alone are timed.
+    pulls = {name: jax.vjp(function, kernel)[1] for name, function in forward.items()}
+
+    def backward(name: str, x: jax.Array, gradient: jax.Array, pulls: Any) -> jax.Array:
+        return pulls[name]((gradient, *none))[0]
+
+    functions = {name: functools.partial(backward, name) for name in pulls}
+    arguments = (x, gradient, pulls)
+    return compared("first_layer_backward", functions, arguments, channels * out, channels + 2 * out)
+
+
 def inputs(seed: int, frames: int, height: int, channels: int, out: int) -> tuple[jax.Array, jax.Array]:
     """Random activations [frames, height, height, channels] and a kernel [3, 3, channels, out], bfloat16."""
     x_key, kernel_key = jax.random.split(jax.random.key(seed))
@@ -78,7 +101,7 @@ def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def compared(
-    name: str, functions: dict[str, Any], arguments: tuple[jax.Array, ...], products: int, channels: int
+    name: str, functions: dict[str, Any], arguments: tuple[Any, ...], products: int, channels: int
 ) -> list[dict[str, Any]]:
     """One row per implementation; `error` is the largest difference from the first, over its largest value."""
     cells = arguments[0].size // arguments[0].shape[-1]
@@ -129,7 +152,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192, help="context frames of an imagination")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
-    rows = layer_rows(arguments.context) + training_rows(arguments.frames) if gpu_convolution.available() else []
+    rows = []
+    if gpu_convolution.available():
+        rows = layer_rows(arguments.context) + training_rows(arguments.frames) + first_layer_rows(arguments.frames)
     rows += pass_rows(arguments.frames, arguments.context)
     common.write_result("autoencoder", rows, arguments.out)
 
