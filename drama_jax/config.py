@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
 Sampler = Literal["dfs", "uniform"]
+BackboneName = Literal["mamba2", "mamba", "gru", "transformer", "rwkv"]
 _LARGEST = 2**31 - 1  # steps, slots and seeds are int32
 _MOST_LAYERS = 100  # each is compiled on its own
 
@@ -174,30 +175,47 @@ class AutoencoderConfig:
 class BackboneConfig:
     """The sequence model (z_t, a_t) -> d_t."""
 
-    name: Literal["mamba2"] = "mamba2"
+    name: BackboneName = "mamba2"
+    """Each backbone reads the fields that name it, and `width` and `num_layers`."""
     width: int = 512
     """D, the width of the residual stream and of the output d_t."""
     num_layers: int = 2
     expand: int = 2
-    """Inner width of a block is expand * width."""
+    """Inner width of a block of `mamba2` or `mamba` is expand * width."""
     head_dim: int = 64
-    """P, the width of one SSD head."""
+    """P, the width of one head of `mamba2`, `transformer` or `rwkv`."""
     state_dim: int = 16
-    """N, the state dimension of the SSD."""
+    """N, the state dimension of `mamba2` and `mamba`."""
     conv_width: int = 4
+    """Steps that the convolution of `mamba2` and `mamba` sees."""
     chunk_size: int = 64
-    """Q, the chunk length of the SSD scan."""
+    """Q, the steps that the scan of `mamba2`, `mamba` or `rwkv` takes at once."""
+    mixer_width: int = 0
+    """Width of keys and values (`transformer`, `rwkv`) or of the hidden state (`gru`); 0 stands for width."""
+    feedforward_width: int = 0
+    """Hidden width of the feed-forward part (`transformer`, `rwkv`); 0 stands for expand * width."""
+    max_length: int = 128
+    """Steps of one segment that `transformer` has positions for."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _positive(self, "width", "num_layers", "expand", "head_dim", "state_dim", "conv_width", "chunk_size")
+        _positive(self, "max_length")
         _at_most(self, _MOST_LAYERS, "num_layers", "conv_width")
+        for name in ("mixer_width", "feedforward_width"):
+            _require(getattr(self, name) >= 0, f"BackboneConfig.{name} must be >= 0, got {getattr(self, name)}")
         _require(
             self.inner_width <= _LARGEST, f"BackboneConfig.width * expand must be <= {_LARGEST}, got {self.inner_width}"
         )
+        if self.name == "mamba2":
+            divided, size = "expand * width", self.inner_width
+        elif self.name in ("transformer", "rwkv"):
+            divided, size = "mixer_width" if self.mixer_width else "width", self.mixer_size
+        else:
+            return
         _require(
-            self.inner_width % self.head_dim == 0,
-            f"BackboneConfig.head_dim must divide expand * width = {self.inner_width}, got {self.head_dim}",
+            size % self.head_dim == 0,
+            f"BackboneConfig.head_dim must divide {divided} = {size}, got {self.head_dim}",
         )
 
     @property
@@ -206,9 +224,19 @@ class BackboneConfig:
         return self.expand * self.width
 
     @property
+    def mixer_size(self) -> int:
+        """Width of keys, values or hidden state, see `mixer_width`."""
+        return self.mixer_width or self.width
+
+    @property
+    def feedforward_size(self) -> int:
+        """Hidden width of the feed-forward part, see `feedforward_width`."""
+        return self.feedforward_width or self.inner_width
+
+    @property
     def num_heads(self) -> int:
-        """H, the number of SSD heads."""
-        return self.inner_width // self.head_dim
+        """H, the number of heads: of the SSD, or of `transformer` and `rwkv`."""
+        return (self.inner_width if self.name == "mamba2" else self.mixer_size) // self.head_dim
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ A backbone is a flax.linen module with four methods:
 All forms agree: a sequence may be cut anywhere and continued in either from the returned state. In the parallel form
 the state is dropped where the segment id changes, and the given state belongs to segment 0, so that
 `segment_ids = cumsum(is_first, axis=1)` drops it when a sequence begins with an episode's first step.
+
+| name | mixes over time by | remembers |
+|---|---|---|
+| `mamba2` | SSD, one decay a head (Drama) | a state, or a window over short rollouts |
+| `mamba` | selective scan, decays for every channel and state entry | a state |
 """
 
 from __future__ import annotations
@@ -22,11 +27,27 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
+from drama_jax.backbones.mamba import MambaBackbone
 from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window
+from drama_jax.backbones.residual import RecurrentState
 from drama_jax.config import BackboneConfig, ConfigError
 
-__all__ = ["Mamba2Backbone", "Mamba2LayerState", "Mamba2LayerWindow", "Mamba2State", "Mamba2Window", "make"]
+__all__ = [
+    "Mamba2Backbone",
+    "Mamba2LayerState",
+    "Mamba2LayerWindow",
+    "Mamba2State",
+    "Mamba2Window",
+    "MambaBackbone",
+    "RecurrentState",
+    "make",
+]
+
+_BACKBONES: dict[str, type[nn.Module]] = {
+    "mamba2": Mamba2Backbone,
+    "mamba": MambaBackbone,
+}
 
 
 def make(config: BackboneConfig, num_actions: int, dtype: jax.typing.DTypeLike) -> nn.Module:
@@ -38,11 +59,9 @@ def make(config: BackboneConfig, num_actions: int, dtype: jax.typing.DTypeLike) 
       dtype: compute dtype of the matrix products; states of the recurrence and norms are at least float32.
 
     Raises:
-      ConfigError: if there is no such backbone, or no action.
+      ConfigError: if there is no action.
     """
     checks.instances("backbones.make", config=(config, BackboneConfig))
     if isinstance(num_actions, bool) or not isinstance(num_actions, int) or num_actions < 1:
         raise ConfigError(f"num_actions must be at least 1, an integer, got {num_actions!r}")
-    if config.name != "mamba2":
-        raise ConfigError(f"BackboneConfig.name must be 'mamba2', got {config.name!r}")
-    return Mamba2Backbone(config, num_actions, dtype)
+    return _BACKBONES[config.name](config, num_actions, dtype)
