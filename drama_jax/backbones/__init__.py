@@ -19,6 +19,7 @@ the state is dropped where the segment id changes, and the given state belongs t
 |---|---|---|
 | `mamba2` | SSD, one decay a head (Drama) | a state, or a window over short rollouts |
 | `mamba` | selective scan, decays for every channel and state entry | a state |
+| `gru` | gated recurrent units, step by step (DreamerV3's cell) | a state |
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
+from drama_jax.backbones.gru import GruBackbone
 from drama_jax.backbones.mamba import MambaBackbone
 from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window
@@ -34,6 +36,7 @@ from drama_jax.backbones.residual import RecurrentState
 from drama_jax.config import BackboneConfig, ConfigError
 
 __all__ = [
+    "GruBackbone",
     "Mamba2Backbone",
     "Mamba2LayerState",
     "Mamba2LayerWindow",
@@ -47,6 +50,7 @@ __all__ = [
 _BACKBONES: dict[str, type[nn.Module]] = {
     "mamba2": Mamba2Backbone,
     "mamba": MambaBackbone,
+    "gru": GruBackbone,
 }
 
 
