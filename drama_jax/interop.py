@@ -118,8 +118,10 @@ def _world_model(groups: dict[str, _Group]) -> tuple[Tree, Tree]:
         params["decoder"], batch_stats["decoder"] = _decoder(groups["image_decoder"])
     if "sequence_model" in groups:
         group = groups["sequence_model"]
-        layers = {match[1] for name in group if (match := re.match(r"backbone\.layers\.(\d+)\.", name))}
-        params["backbone"] = backbone_names.from_torch(group, num_layers=len(layers), prefix="backbone.")
+        backbone = backbone_names.recognise(group)
+        layers = {match[1] for name in group if (match := re.match(r"(?:backbone\.layers|layer_stack)\.(\d+)\.", name))}
+        prefix = "" if backbone == "transformer" else "backbone."
+        params["backbone"] = backbone_names.from_torch(group, num_layers=len(layers), prefix=prefix, backbone=backbone)
     for ours, theirs in (("reward_head", "reward_decoder"), ("termination_head", "termination_decoder")):
         if theirs in groups:
             hidden = _linear(groups[theirs], "backbone.0")

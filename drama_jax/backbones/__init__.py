@@ -20,6 +20,7 @@ the state is dropped where the segment id changes, and the given state belongs t
 | `mamba2` | SSD, one decay a head (Drama) | a state, or a window over short rollouts |
 | `mamba` | selective scan, decays for every channel and state entry | a state |
 | `gru` | gated recurrent units, step by step (DreamerV3's cell) | a state |
+| `transformer` | attention, learned positions (Drama's comparison) | keys and values of up to `max_length` steps |
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from drama_jax.backbones.mamba import MambaBackbone
 from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window
 from drama_jax.backbones.residual import RecurrentState
+from drama_jax.backbones.transformer import TransformerBackbone, TransformerState
 from drama_jax.config import BackboneConfig, ConfigError
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "Mamba2Window",
     "MambaBackbone",
     "RecurrentState",
+    "TransformerBackbone",
+    "TransformerState",
     "make",
 ]
 
@@ -51,6 +55,7 @@ _BACKBONES: dict[str, type[nn.Module]] = {
     "mamba2": Mamba2Backbone,
     "mamba": MambaBackbone,
     "gru": GruBackbone,
+    "transformer": TransformerBackbone,
 }
 
 

@@ -13,7 +13,7 @@ from drama_jax import backbones
 from drama_jax.config import BackboneConfig, ConfigError
 from tests.tools import quick_jit
 
-NAMES = ("mamba", "gru")  # mamba2 has files of its own
+NAMES = ("mamba", "gru", "transformer")  # mamba2 has files of its own
 BATCH, TIME, LATENT, ACTIONS, POSITIONS = 3, 9, 6, 3, 11
 NEVER, SPLIT = np.zeros((BATCH, TIME), np.int32), 4
 RESETS = NEVER.copy()
@@ -222,6 +222,27 @@ def test_wrong_inputs_are_one_clear_line(name):
     refused(r"backbone, state: \w+ must be", state=module.initial_state(3))
     refused("horizon must be an integer from 1", method="open_window", horizon=0)
     refused("state must be of type", TypeError, "step", latent=latent[:, 0], action=action[:, 0], state=None)
+
+
+def test_a_transformer_has_so_many_positions(x64):
+    """Positions past the last, and slots past a window's, are not those of another step but NaN."""
+    functions = compiled("transformer")
+    latent, action = np.zeros((BATCH, POSITIONS + 1, LATENT)), np.zeros((BATCH, POSITIONS + 1), np.int32)
+    shapes = jax.eval_shape(functions.module.init, jax.random.key(0), latent[:, :2], action[:, :2])
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1), shapes)
+    for method, steps, options in (("__call__", POSITIONS + 1, {}), ("open_window", POSITIONS, {"horizon": 1})):
+        with pytest.raises(ValueError, match=r"has positions for 11 steps \(BackboneConfig.max_length\), got 12"):
+            functions.module.apply(variables, latent[:, :steps], action[:, :steps], method=method, **options)
+    _, window = functions.window(variables, latent[:, :SPLIT], action[:, :SPLIT], segment_ids=NEVER[:, :SPLIT])
+    for held, slots, state in (
+        (0, POSITIONS, functions.module.initial_state(BATCH)),
+        (SPLIT, TIME, window),
+    ):
+        finite = []
+        for _ in range(slots + 2 - held):
+            feature, state = functions.step(variables, latent[:, 0], action[:, 0], state)
+            finite.append(bool(np.isfinite(feature).all()))
+        assert finite == [True] * (len(finite) - 2) + [False] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,338 @@
+"""A transformer as the sequence model: causal attention, with a cache of keys and values for single steps.
+
+The architecture is that of the released code's variant (arXiv 2410.08893's comparison, after STORM, arXiv 2310.09615):
+learned positions that count from the start of the segment, post-norm blocks, no dropout. The released code applies
+dropout of 0.1 to the attention weights in training.
+
+    x = LN(W ReLU(LN(W [z_t, one-hot a_t])));  x = LN(x + position)
+    per layer  x = LN(x + W attention(x));  x = LN(x + W ReLU(W x + b) + b)
+
+Shapes: B batch, T time, S slots of the cache, D width, H heads, I = H P width of keys and values, M positions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import jax.typing
+from flax import linen as nn
+
+from drama_jax import checks
+from drama_jax.backbones.mamba2 import _rows, _uniform_fan_in
+from drama_jax.backbones.residual import check_inputs
+from drama_jax.config import BackboneConfig
+from drama_jax.precision import at_least_float32
+from drama_jax.ssd import segment_index
+
+_STEM_EPS = 1e-5
+_BLOCK_EPS = 1e-6
+
+
+@flax.struct.dataclass
+class TransformerLayerCache:
+    """What one layer remembers of the steps of the current segment, oldest first."""
+
+    keys: jax.Array  # [B, S, I] compute dtype
+    values: jax.Array  # [B, S, I] compute dtype
+
+
+@flax.struct.dataclass
+class TransformerState:
+    """What the backbone remembers; S is M, or what `open_window` was asked for."""
+
+    layers: tuple[TransformerLayerCache, ...]  # one per layer
+    length: jax.Array  # [B] int32: how many slots are filled
+
+
+class TransformerBackbone(nn.Module):
+    """The whole sequence model; see `drama_jax.backbones` for the interface.
+
+    A segment has M = `config.max_length` positions. Features beyond the last one, or beyond the cache, are NaN.
+    """
+
+    config: BackboneConfig
+    num_actions: int
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        """Declares sub-modules and parameters."""
+        c, wide = self.config, at_least_float32(self.dtype)
+        self.stem = TransformerStem(c.width, self.num_actions, self.dtype)
+        self.positions = self.param("positions", nn.initializers.normal(1.0), (c.max_length, c.width), wide)
+        self.norm = layer_norm(_BLOCK_EPS, wide)
+        self.layers = [TransformerBlock(c, self.dtype) for _ in range(c.num_layers)]
+
+    def initial_state(self, batch_size: int) -> TransformerState:
+        """The state before the first step of an episode: an empty cache for `max_length` steps."""
+        checks.integers("backbone", batch_size=batch_size)
+        c = self.config
+        empty = jnp.zeros((batch_size, c.max_length, c.mixer_size), self.dtype)
+        layer = TransformerLayerCache(keys=empty, values=empty)
+        return TransformerState(layers=(layer,) * c.num_layers, length=jnp.zeros((batch_size,), jnp.int32))
+
+    def __call__(
+        self,
+        latent: jax.Array,
+        action: jax.Array,
+        *,
+        state: TransformerState | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> tuple[jax.Array, TransformerState]:
+        """Features of a sequence.
+
+        Args:
+          latent: `[B, T, S]` float, z_t; T at most `max_length`.
+          action: `[B, T]` int, a_t, taken in z_t.
+          state: the state before the first step; an empty one if absent.
+          segment_ids: optional `[B, T]` int; the state is dropped where the id changes, and `state` belongs to id 0.
+
+        Returns:
+          d_t `[B, T, D]` in at least float32, and the state after the last step.
+
+        Raises:
+          TypeError, ValueError: if latent, action and state do not fit, or the sequence is too long.
+        """
+        check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        slots = self.config.max_length
+        if state is not None:
+            self._check_state(state, latent.shape[0])
+            slots = state.layers[0].keys.shape[1]
+        return self._sequence(latent, action, state, segment_ids, slots)
+
+    def open_window(
+        self,
+        latent: jax.Array,
+        action: jax.Array,
+        *,
+        horizon: int,
+        segment_ids: jax.Array | None = None,
+        unrolled: bool = False,
+    ) -> tuple[jax.Array, TransformerState]:
+        """As the call from an empty past, with a cache just long enough for `horizon` further steps.
+
+        Args:
+          latent: `[B, T, S]` float, z_t.
+          action: `[B, T]` int, a_t, taken in z_t.
+          horizon: how many steps may follow, static; features beyond it are NaN.
+          segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
+          unrolled: makes no difference.
+
+        Returns:
+          d_t `[B, T, D]` in at least float32, and the state after the last step.
+
+        Raises:
+          TypeError, ValueError: if latent and action do not fit, or context and horizon are too long.
+        """
+        del unrolled
+        check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        checks.integers("backbone", 1, self.config.max_length, horizon=horizon)
+        self._check_length(latent.shape[1] + horizon)
+        return self._sequence(latent, action, None, segment_ids, latent.shape[1] + horizon)
+
+    def step(self, latent: jax.Array, action: jax.Array, state: TransformerState) -> tuple[jax.Array, TransformerState]:
+        """The feature of one step.
+
+        Args:
+          latent: `[B, S]` float, z_t.
+          action: `[B]` int, a_t.
+          state: the state before the step, also one from `open_window`.
+
+        Returns:
+          d_t `[B, D]` in at least float32, and the state after the step; NaN if the cache was full.
+
+        Raises:
+          TypeError, ValueError: if latent, action and state do not fit.
+        """
+        check_inputs(latent, action, None, axes=("B",))
+        self._check_state(state, latent.shape[0])
+        x = self._embed(latent, action, state.length)
+        layers = []
+        for block, cache in zip(self.layers, state.layers, strict=True):
+            x, cache = block.step(x, cache, state.length)
+            layers.append(cache)
+        x = jnp.where((state.length < layers[0].keys.shape[1])[:, None], x, jnp.nan)
+        return x, TransformerState(layers=tuple(layers), length=state.length + 1)
+
+    def _sequence(
+        self,
+        latent: jax.Array,
+        action: jax.Array,
+        state: TransformerState | None,
+        segment_ids: jax.Array | None,
+        slots: int,
+    ) -> tuple[jax.Array, TransformerState]:
+        """The parallel form; the state after it has `slots` slots."""
+        batch, time = action.shape
+        self._check_length(time)
+        length = jnp.zeros((batch,), jnp.int32) if state is None else state.length
+        index = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else segment_index(segment_ids)
+        steps = jnp.arange(time, dtype=jnp.int32)
+        # Where the segment of each step begins, as a time of this sequence; before it if `state` holds its beginning.
+        changed = jnp.diff(index, axis=1, prepend=0) > 0
+        start = jax.lax.cummax(jnp.where(changed, steps, -length[:, None]), axis=1)
+        mask = (index[:, :, None] == index[:, None]) & (steps[:, None] >= steps)
+        if state is not None:
+            held = jnp.arange(slots, dtype=jnp.int32) < length[:, None]
+            mask = jnp.concatenate([held[:, None] & (index == 0)[:, :, None], mask], axis=2)
+        x = self._embed(latent, action, steps - start)
+        caches = [None] * len(self.layers) if state is None else state.layers
+        layers = []
+        for block, cache in zip(self.layers, caches, strict=True):
+            x, keys, values = block(x, cache, mask)
+            keep = functools.partial(_newest, start=start[:, -1], time=time, slots=slots)
+            layers.append(TransformerLayerCache(keys=keep(keys), values=keep(values)))
+        return x, TransformerState(layers=tuple(layers), length=time - start[:, -1])
+
+    def _embed(self, latent: jax.Array, action: jax.Array, position: jax.Array) -> jax.Array:
+        """The stream [.., D] before the first layer, NaN where there is no such position."""
+        last = self.config.max_length - 1
+        x = self.stem(latent, action) + _rows(self.positions, jnp.minimum(position, last))
+        return jnp.where((position <= last)[..., None], self.norm(x), jnp.nan)
+
+    def _check_length(self, steps: int) -> None:
+        if steps > self.config.max_length:
+            raise ValueError(
+                f"backbone: the transformer has positions for {self.config.max_length} steps "
+                f"(BackboneConfig.max_length), got {steps}"
+            )
+
+    def _check_state(self, state: Any, batch_size: int) -> None:
+        checks.instances("backbone", state=(state, TransformerState))
+        if len(state.layers) != self.config.num_layers:
+            raise ValueError(f"backbone: state must have {self.config.num_layers} layers, got {len(state.layers)}")
+        checks.arrays("backbone, state", {"B": batch_size}, length=(state.length, ("B",), "integer"))
+        wanted = (batch_size, "slots", self.config.mixer_size)
+        for layer in state.layers:
+            checks.arrays("backbone, state", keys=(layer.keys, wanted, "float"), values=(layer.values, wanted, "float"))
+
+
+def _newest(rows: jax.Array, *, start: jax.Array, time: int, slots: int) -> jax.Array:
+    """A cache of the last segment: what was held followed by `time` new rows [B, held + T, I] -> [B, slots, I].
+
+    Args:
+      start: `[B]` int32, the time at which the segment began; -n if n of the rows held belong to it.
+    """
+    held, new = rows.shape[1] - time, start[:, None] + jnp.arange(slots, dtype=jnp.int32)
+    source = jnp.where(new < 0, new - start[:, None], held + new)
+    kept = jnp.take_along_axis(rows, jnp.minimum(source, held + time - 1)[..., None], axis=1)
+    return jnp.where((new < time)[..., None], kept, 0)
+
+
+class TransformerStem(nn.Module):
+    """LN(W ReLU(LN(W [latent, one-hot action]))), [..., S] and [...] -> [..., D] in at least float32."""
+
+    width: int
+    num_actions: int
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, action: jax.Array) -> jax.Array:
+        """Embeds latent and action."""
+        size, wide = latent.shape[-1], at_least_float32(self.dtype)
+        if self.has_variable("params", "kernel"):
+            rows = self.get_variable("params", "kernel").shape[0]
+            if rows != size + self.num_actions:
+                raise ValueError(
+                    f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
+                    f"A = {self.num_actions} actions"
+                )
+        kernel = self.param("kernel", _uniform_fan_in(), (size + self.num_actions, self.width), wide)
+        x = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
+        x = nn.relu(layer_norm(_STEM_EPS, wide, "norm")(x + _rows(kernel[size:].astype(wide), action)))
+        return layer_norm(_STEM_EPS, wide, "norm_out")(linear(self.width, self.dtype, "out")(x).astype(wide))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward part, each with its residual connection and a norm behind it."""
+
+    config: BackboneConfig
+    dtype: jax.typing.DTypeLike
+
+    def setup(self) -> None:
+        """Declares the sub-modules."""
+        c, wide = self.config, at_least_float32(self.dtype)
+        self.query, self.key, self.value = (linear(c.mixer_size, self.dtype) for _ in range(3))
+        self.out = linear(c.width, self.dtype)
+        self.norm_attention = layer_norm(_BLOCK_EPS, wide)
+        self.hidden = linear(c.feedforward_size, self.dtype, bias_from=c.width)
+        self.project = linear(c.width, self.dtype, bias_from=c.feedforward_size)
+        self.norm = layer_norm(_BLOCK_EPS, wide)
+
+    def __call__(
+        self, x: jax.Array, cache: TransformerLayerCache | None, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Over a sequence.
+
+        Args:
+          x: `[B, T, D]` at least float32.
+          cache: S steps before it, or None for none.
+          mask: `[B, T, S + T]` bool, what each step may see of the cache and the sequence.
+
+        Returns:
+          `[B, T, D]`, and the keys and values of cache and sequence, `[B, S + T, I]`.
+        """
+        keys, values = self.key(x), self.value(x)
+        if cache is not None:
+            keys = jnp.concatenate([cache.keys.astype(keys.dtype), keys], axis=1)
+            values = jnp.concatenate([cache.values.astype(values.dtype), values], axis=1)
+        return self._behind(x, self._attend(self.query(x), keys, values, mask)), keys, values
+
+    def step(
+        self, x: jax.Array, cache: TransformerLayerCache, length: jax.Array
+    ) -> tuple[jax.Array, TransformerLayerCache]:
+        """One step: x [B, D], and how many slots are filled [B] -> [B, D], the cache with this step."""
+        rows = jnp.arange(x.shape[0])
+        keys = cache.keys.at[rows, length].set(self.key(x).astype(cache.keys.dtype), mode="drop")
+        values = cache.values.at[rows, length].set(self.value(x).astype(cache.values.dtype), mode="drop")
+        mask = jnp.arange(keys.shape[1], dtype=jnp.int32) <= length[:, None]
+        attended = self._attend(self.query(x)[:, None], keys, values, mask[:, None])
+        return self._behind(x, attended[:, 0]), TransformerLayerCache(keys=keys, values=values)
+
+    def _attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        """Queries [B, T, I] on keys and values [B, S, I] through a mask [B, T, S] -> [B, T, I]."""
+        wide, heads = at_least_float32(self.dtype), self.config.num_heads
+        query, keys, values = (a.reshape(*a.shape[:-1], heads, -1).astype(self.dtype) for a in (query, keys, values))
+        scores = jnp.einsum("bthp,bshp->bhts", query, keys, preferred_element_type=wide)
+        weights = nn.softmax(scores / math.sqrt(self.config.head_dim), where=mask[:, None], axis=-1)
+        y = jnp.einsum("bhts,bshp->bthp", weights.astype(self.dtype), values)
+        return y.reshape(*y.shape[:2], -1)
+
+    def _behind(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        x = self.norm_attention(x + self.out(attended).astype(x.dtype))
+        return self.norm(x + self.project(nn.relu(self.hidden(x))).astype(x.dtype))
+
+
+def layer_norm(epsilon: float, dtype: jax.typing.DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    """A module that normalises the last axis in `dtype`; its input must be of `dtype` already, at least float32."""
+    return nn.LayerNorm(
+        epsilon, dtype=dtype, param_dtype=dtype, use_fast_variance=False, force_float32_reductions=False, name=name
+    )
+
+
+def linear(
+    features: int, dtype: jax.typing.DTypeLike, name: str | None = None, *, bias_from: int | None = None
+) -> nn.Dense:
+    """A linear layer with PyTorch's default initialisation, U(+-1 / sqrt(fan_in)), its bias too if it has one.
+
+    Args:
+      bias_from: fan_in, for a layer with a bias.
+    """
+
+    def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        limit = 1 / math.sqrt(bias_from or 1)
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return nn.Dense(
+        features,
+        use_bias=bias_from is not None,
+        dtype=dtype,
+        param_dtype=at_least_float32(dtype),
+        kernel_init=_uniform_fan_in(),
+        bias_init=uniform,
+        name=name,
+    )

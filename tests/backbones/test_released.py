@@ -1,0 +1,218 @@
+"""The Mamba-1 and transformer backbones against vectors of the released code, in float64; shapes and initial values."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drama_jax import backbones, interop, world_model
+from drama_jax.backbones import mamba, torch_names
+from drama_jax.config import AutoencoderConfig, BackboneConfig, WorldModelConfig
+from drama_jax.replay import Batch
+from tests.tools import assert_trees_close, named, quick_jit
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+MIXER = BackboneConfig(name="mamba", width=64, chunk_size=8)
+MODELS = {
+    "mamba": MIXER,
+    "transformer": BackboneConfig(name="transformer", width=64, head_dim=16, max_length=16),
+}
+PREFIX = {"mamba": "Mamba/{}/backbone.", "transformer": "Transformer/{}/"}
+COUNTS = {"mamba": {18: 3_925_504, 4: 3_918_336}, "transformer": {18: 5_065_728, 4: 5_058_560}}
+both = pytest.mark.parametrize("name", MODELS)
+
+
+def wide(tree):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
+
+
+# --- one Mamba-1 mixer -------------------------------------------------------------------------------------------
+
+
+def test_mixer_matches_golden(golden, x64):
+    data = golden("mamba1_block")
+    module = mamba.MambaMixer(MIXER, jnp.float64)
+    params = wide(torch_names.mixer_from_torch(named(data, "param/"), "mamba"))
+    start = mamba.initial_state(MIXER, jnp.float64, 2)
+
+    @quick_jit
+    def run(params, u, w):
+        def loss(params, u):
+            out, _ = module.apply({"params": params}, u, start)
+            return jnp.sum(out * w), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, u)
+
+    (gradients, grad_u), out = run(params, *wide((data["u"], data["w"])))
+    np.testing.assert_allclose(out, data["out"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(grad_u, data["grad_u"], rtol=1e-9, atol=1e-12)
+    assert_trees_close(gradients, torch_names.mixer_from_torch(named(data, "grad/"), "mamba"), rtol=1e-9)
+
+
+@pytest.mark.parametrize("prefill", [0, 8])
+def test_mixer_prefill_then_steps_match_golden(golden, x64, prefill):
+    data = golden("mamba1_block")
+    module = mamba.MambaMixer(MIXER, jnp.float64)
+    variables = {"params": wide(torch_names.mixer_from_torch(named(data, "param/"), "mamba"))}
+    state, out = mamba.initial_state(MIXER, jnp.float64, 2), []
+
+    def check(conv, ssm):
+        # The released conv state holds one input more than the next step needs.
+        np.testing.assert_allclose(state.conv, np.moveaxis(data[conv], 1, 2)[:, 1:], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(state.ssm, data[ssm], rtol=1e-9, atol=1e-12)
+
+    if prefill:
+        y, state = quick_jit(module.apply)(variables, data["u"][:, :prefill], state)
+        out = list(jnp.moveaxis(y, 1, 0))
+        check(f"prefill{prefill}_conv_state", f"prefill{prefill}_ssm_state")
+    step = quick_jit(lambda u, state: module.apply(variables, u, state, method="step"))
+    for t in range(prefill, 20):
+        y, state = step(data["u"][:, t], state)
+        out.append(y)
+    expected = data[f"prefill{prefill}_then_steps_out"] if prefill else data["steps_out"]
+    np.testing.assert_allclose(jnp.stack(out, 1), expected, rtol=1e-9, atol=1e-12)
+    check("final_conv_state", "final_ssm_state")
+
+
+# --- whole sequence models ---------------------------------------------------------------------------------------
+
+
+def released(data, name, what):
+    return torch_names.from_torch(data, num_layers=2, prefix=PREFIX[name].format(what), backbone=name)
+
+
+@both
+def test_sequence_model_matches_golden(golden, x64, name):
+    data = golden("sequence_model_old")
+    action = data["action"].astype(np.int32)
+    module = backbones.make(MODELS[name], 5, jnp.float64)
+
+    @quick_jit
+    def run(params, latent):
+        def loss(params, latent):
+            out, _ = module.apply({"params": params}, latent, action)
+            return jnp.sum(out * jnp.asarray(data["w"], jnp.float64)), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, latent)
+
+    (gradients, grad_latent), out = run(wide(released(data, name, "param")), jnp.asarray(data["stoch"], jnp.float64))
+    theirs = PREFIX[name].partition("/")[0]
+    np.testing.assert_allclose(out, data[f"{theirs}/out"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(grad_latent, data[f"{theirs}/grad_stoch"], rtol=1e-9, atol=1e-11)
+    assert_trees_close(gradients, released(data, name, "grad"), rtol=2e-7)  # stored in float32
+
+
+def test_transformer_decodes_as_golden(golden, x64):
+    """The released variant's steps with a cache: five in parallel, the others in a window one by one."""
+    data = golden("sequence_model_old")
+    module = backbones.make(MODELS["transformer"], 5, jnp.float64)
+    variables = {"params": wide(released(data, "transformer", "param"))}
+    latent, action = jnp.asarray(data["stoch"], jnp.float64), data["action"].astype(np.int32)
+    start = quick_jit(lambda *past: module.apply(variables, *past, horizon=7, method="open_window"))
+    prefix, window = start(latent[:, :5], action[:, :5])
+    out = list(jnp.moveaxis(prefix, 1, 0))
+    step = quick_jit(lambda z, a, window: module.apply(variables, z, a, window, method="step"))
+    for t in range(5, 12):
+        feature, window = step(latent[:, t], action[:, t], window)
+        out.append(feature)
+    np.testing.assert_allclose(jnp.stack(out, 1), data["Transformer/decode_out"], rtol=1e-9, atol=1e-12)
+
+
+@both
+def test_shapes_are_the_released_model_s(name):
+    shapes = json.loads((GOLDEN / "param_shapes_XS_old.json").read_text())
+    for num_actions, count in COUNTS[name].items():
+        arrays = shapes[f"action_dim={num_actions},backbone={name.capitalize()}"]["world_model"]
+        ours = interop.from_torch({key: np.zeros(shape, np.int8) for key, shape in arrays.items()})["params"]
+        config = WorldModelConfig(backbone=BackboneConfig(name=name), compute_dtype="float32")
+        made = jax.eval_shape(lambda n=num_actions, c=config: world_model.init(jax.random.key(0), c, n)).params
+        assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, made)
+        assert sum(leaf.size for leaf in jax.tree.leaves(made["backbone"])) == count
+
+
+@both
+def test_torch_names_round_trip(golden, name):
+    data = golden("sequence_model_old")
+    prefix = PREFIX[name].format("param")
+    back = torch_names.to_torch(released(data, name, "param"), num_layers=2, prefix=prefix, backbone=name)
+    assert set(back) == {key for key in data if key.startswith(prefix)}
+    for key, value in back.items():
+        np.testing.assert_array_equal(value, data[key])
+
+
+# --- in the world model ------------------------------------------------------------------------------------------
+
+
+@both
+def test_world_model_gradient_matches_golden(golden, x64, name):
+    """Losses and the sequence model's gradients of an update of the released world model."""
+    theirs = name.capitalize()
+    data = golden("world_model_backbones_old")
+    backbone = BackboneConfig(name=name, width=64, head_dim=16, chunk_size=4)
+    config = WorldModelConfig(
+        autoencoder=AutoencoderConfig(depths=(4, 8, 12, 16, 16), categoricals=8, classes=8),
+        backbone=backbone,
+        head_units=32,
+        compute_dtype="float64",
+    )
+    batch = Batch(
+        frames=jnp.asarray(data["obs"]),
+        actions=jnp.asarray(data["action"], jnp.int32),
+        rewards=jnp.asarray(data["reward"], jnp.float32),
+        terminals=jnp.asarray(data["termination"] > 0),
+        firsts=jnp.zeros(data["action"].shape, bool),
+    )
+    params = wide(interop.from_torch(named(data, f"{theirs}/param0/"))["params"])
+    shapes = jax.eval_shape(lambda: world_model.init(jax.random.key(0), config, 4))
+    stats = jax.tree.map_with_path(
+        lambda path, leaf: jnp.full(leaf.shape, float(path[-1].key == "var"), jnp.float64), shapes.batch_stats
+    )
+
+    @quick_jit
+    def run(params, stats, gumbel):
+        def objective(backbone):
+            whole = params | {"backbone": backbone}
+            return world_model.loss(config, whole, stats, batch, gumbel, None, num_actions=4)
+
+        return jax.value_and_grad(objective, has_aux=True)(params["backbone"])
+
+    (_, (terms, _, out)), grads = run(params, stats, jnp.asarray(data[f"{theirs}/gumbel"], jnp.float64))
+    index = out.latent.reshape(2, 6, 8, 8).argmax(axis=-1)
+    np.testing.assert_array_equal(index, data[f"{theirs}/sample_index"])
+    for loss in ("reconstruction", "reward", "termination", "dynamics", "representation", "total"):
+        np.testing.assert_allclose(terms[f"{loss}_loss"], data[f"{theirs}/{loss}_loss"], rtol=1e-8, err_msg=loss)
+    np.testing.assert_allclose(terms["dynamics_kl"], data[f"{theirs}/dynamics_real_kl_div"], rtol=1e-8)
+    expected = interop.from_torch(named(data, f"{theirs}/grad/"))["params"]
+    assert_trees_close({"backbone": grads}, expected, rtol=1e-6)
+
+
+def test_initialisation_has_the_released_ranges():
+    config = BackboneConfig(name="mamba", width=128, state_dim=5)
+    latent, action = jnp.zeros((1, 2, 124)), jnp.zeros((1, 2), jnp.int32)
+    params = quick_jit(backbones.make(config, 4, jnp.float32).init)(jax.random.key(1), latent, action)["params"]
+    mixer = params["layers_1"]["mixer"]
+    transformer = backbones.make(BackboneConfig(name="transformer", width=128), 4, jnp.float32)
+    other = quick_jit(transformer.init)(jax.random.key(2), latent, action)["params"]
+    block = other["layers_1"]
+    for value, limit in (
+        (mixer["in_proj"]["kernel"], 1 / np.sqrt(128)),
+        (mixer["x_proj"]["kernel"], 1 / np.sqrt(256)),
+        (mixer["dt_proj"]["kernel"], 1 / np.sqrt(8)),
+        (mixer["out_proj"]["kernel"], 1 / np.sqrt(256) / np.sqrt(2)),
+        (other["stem"]["kernel"], 1 / np.sqrt(128)),
+        (block["query"]["kernel"], 1 / np.sqrt(128)),
+        (block["project"]["kernel"], 1 / np.sqrt(256)),
+        (block["project"]["bias"], 1 / np.sqrt(256)),
+        (block["hidden"]["bias"], 1 / np.sqrt(128)),
+    ):
+        assert 0.97 * limit < jnp.abs(value).max() <= limit
+        assert abs(float(value.std()) - limit / np.sqrt(3)) < 0.06 * limit
+    np.testing.assert_allclose(jnp.exp(mixer["A_log"]), np.tile(np.arange(1, 6), (256, 1)), rtol=1e-6)
+    step_size = jax.nn.softplus(mixer["dt_bias"])
+    assert 0.99e-3 < step_size.min() < 3e-3 and 0.04 < step_size.max() < 0.1001
+    assert bool((mixer["D"] == 1).all()) and abs(float(other["positions"].std()) - 1) < 0.02
