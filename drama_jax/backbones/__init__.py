@@ -21,6 +21,7 @@ the state is dropped where the segment id changes, and the given state belongs t
 | `mamba` | selective scan, decays for every channel and state entry | a state |
 | `gru` | gated recurrent units, step by step (DreamerV3's cell) | a state |
 | `transformer` | attention, learned positions (Drama's comparison) | keys and values of up to `max_length` steps |
+| `rwkv` | RWKV-6, a decay for every key channel that depends on the data | a state |
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from drama_jax.backbones.mamba import MambaBackbone
 from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window
 from drama_jax.backbones.residual import RecurrentState
+from drama_jax.backbones.rwkv import RwkvBackbone
 from drama_jax.backbones.transformer import TransformerBackbone, TransformerState
 from drama_jax.config import BackboneConfig, ConfigError
 
@@ -46,6 +48,7 @@ __all__ = [
     "Mamba2Window",
     "MambaBackbone",
     "RecurrentState",
+    "RwkvBackbone",
     "TransformerBackbone",
     "TransformerState",
     "make",
@@ -56,6 +59,7 @@ _BACKBONES: dict[str, type[nn.Module]] = {
     "mamba": MambaBackbone,
     "gru": GruBackbone,
     "transformer": TransformerBackbone,
+    "rwkv": RwkvBackbone,
 }
 
 

@@ -13,7 +13,7 @@ from drama_jax import backbones
 from drama_jax.config import BackboneConfig, ConfigError
 from tests.tools import quick_jit
 
-NAMES = ("mamba", "gru", "transformer")  # mamba2 has files of its own
+NAMES = ("mamba", "gru", "transformer", "rwkv")  # mamba2 has files of its own
 BATCH, TIME, LATENT, ACTIONS, POSITIONS = 3, 9, 6, 3, 11
 NEVER, SPLIT = np.zeros((BATCH, TIME), np.int32), 4
 RESETS = NEVER.copy()
