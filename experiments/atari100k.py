@@ -26,7 +26,7 @@ from drama_jax.training.checkpoint import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.signals import stop_requested
 from drama_jax.training.together import Together
-from experiments import command_line, machine
+from experiments import command_line, machine, processes
 from experiments.runs import Run, prepare
 
 _PROGRAM = "python -m experiments.atari100k"
@@ -45,14 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options, config = command_line.parse(arguments, _PROGRAM)
-        planned = command_line.plan(options, config)
+        whole = command_line.plan(options, config)
+        options, planned = processes.share(options, whole)
         if options.deterministic:
             machine.make_deterministic()
         jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
             runs, finished = run(options, planned, stop)
         if not finished:
-            directory = runs[0].directory if len(planned) == 1 else options.logdir
+            directory = runs[0].directory if len(whole) == 1 else options.logdir
             print(f"stopped; to continue:\n{command_line.to_continue(arguments, _PROGRAM, directory)}", flush=True)
     except (ConfigError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -99,6 +100,8 @@ def run(
             for one in planned
         }
         runs = prepare(options, game, planned, stack)
+        if not runs:
+            return [], True
         trainings, unsaved = train(runs, [environments[one.config] for one in runs], options, stop)
         games.close()
         finished = evaluate_all(runs, trainings, start, stop)
@@ -121,7 +124,9 @@ def train(
     state = initial(runs, environments[0].num_actions, together)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(
-            contextlib.closing(Progress(config.steps, config.logging.progress, "training", first.step))
+            contextlib.closing(
+                Progress(config.steps, config.logging.progress, f"{options.distributed.label}training", first.step)
+            )
         )
         members = [_member(one, environment, progress, stack) for one, environment in zip(runs, environments)]
 

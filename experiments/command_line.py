@@ -78,6 +78,27 @@ class Sweep:
     """Temperature of imagination's sampler."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """The same command started several times, on one machine or several; each process trains its share of the agents.
+
+    They meet at the start and then go on by themselves."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, any free port of its machine; auto: all from Slurm, Open MPI or Kubernetes."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+    timeout: int = 300
+    """Seconds to wait for the others."""
+
+    @property
+    def label(self) -> str:
+        """What tells this process's output from the others'."""
+        return "" if self.process is None else f"process {self.process} of {self.processes}: "
+
+
 _SWEPT = {
     "learning_rate": "agent/world_model/optimizer/learning_rate",
     "behaviour_learning_rate": "agent/behaviour/optimizer/learning_rate",
@@ -108,6 +129,7 @@ class AllOptions(Options):
     """The flags that most runs need, and every other field."""
 
     sweep: Sweep
+    distributed: Distributed
     agent: AgentConfig
     atari: AtariConfig
     evaluation: EvaluationConfig
@@ -219,6 +241,7 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
         "seeds": 1,
         "devices": None,
         "sweep": Sweep(),
+        "distributed": Distributed(),
         "logdir": pathlib.Path("runs"),
         "env_backend": base.atari.backend,
         "eval_episodes": base.evaluation.episodes,

@@ -12,7 +12,7 @@ from drama_jax.config import ConfigError, RunConfig
 from drama_jax.training import checkpoint, resume, run_directory
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
-from experiments.command_line import Options, Planned
+from experiments.command_line import AllOptions, Planned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +35,25 @@ class Run:
         return 0 if self.snapshot is None else self.snapshot.step
 
 
-def prepare(options: Options, game: str, planned: Sequence[Planned], stack: contextlib.ExitStack) -> list[Run]:
+def prepare(options: AllOptions, game: str, planned: Sequence[Planned], stack: contextlib.ExitStack) -> list[Run]:
     """Finds the runs to continue or creates new directories, and locks them until `stack` is closed.
 
-    Of several agents, those that are finished are left out, unless all are; the others all start at one step.
+    Of several agents, those that are finished are left out, unless all are; the others all start at one step. A process
+    that has only a share of a command's agents leaves its finished ones out in any case, because it cannot tell whether
+    the others' are, or were a moment ago.
 
     Raises:
       ConfigError: if one cannot be continued as asked for, or is in use, or if they are not at one step.
     """
-    if len(planned) > 1 and resume.is_run(options.logdir):
+    shared = (options.distributed.processes or 1) > 1
+    if (len(planned) > 1 or shared) and resume.is_run(options.logdir):
         raise ConfigError(
             f"--logdir {options.logdir} is the directory of one run, and this command has {len(planned)} agents; name "
             f"the directory that holds their runs"
         )
-    if len(planned) > 1:
+    if len(planned) > 1 or shared:
         done = [one for one in planned if options.resume and finished(options, game, one)]
-        if len(done) < len(planned):
+        if len(done) < len(planned) or shared:
             for one in done:
                 say(f"{one.label} is finished")
             planned = [one for one in planned if one not in done]
@@ -68,13 +71,13 @@ def prepare(options: Options, game: str, planned: Sequence[Planned], stack: cont
     return _continued(options, game, planned, found, stack)
 
 
-def _find(options: Options, game: str, planned: Planned) -> pathlib.Path | None:
+def _find(options: AllOptions, game: str, planned: Planned) -> pathlib.Path | None:
     return resume.find(
         options.logdir, game, options.preset, planned.config, resume=options.resume, same=planned.swept, say=say
     )
 
 
-def finished(options: Options, game: str, planned: Planned) -> pathlib.Path | None:
+def finished(options: AllOptions, game: str, planned: Planned) -> pathlib.Path | None:
     """The directory of an agent's newest run if it is finished and none is under way."""
     directories = resume.runs(options.logdir, game, options.preset, planned.config, planned.swept)
     if directories and all(resume.finished(directory, planned.config.steps) for directory in directories):
@@ -82,7 +85,7 @@ def finished(options: Options, game: str, planned: Planned) -> pathlib.Path | No
     return None
 
 
-def _new(options: Options, game: str, planned: Planned, stack: contextlib.ExitStack) -> Run:
+def _new(options: AllOptions, game: str, planned: Planned, stack: contextlib.ExitStack) -> Run:
     directory = run_directory.create(options.logdir, game, options.preset, planned.config)
     stack.enter_context(run_directory.lock(directory))
     print(f"run directory {directory}", flush=True)
@@ -90,7 +93,7 @@ def _new(options: Options, game: str, planned: Planned, stack: contextlib.ExitSt
 
 
 def _continued(
-    options: Options,
+    options: AllOptions,
     game: str,
     planned: Sequence[Planned],
     directories: Sequence[pathlib.Path],

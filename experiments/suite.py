@@ -26,7 +26,7 @@ from drama_jax.envs.games import ATARI_100K, canonical_game
 from drama_jax.training import files, resume, run_directory, scores
 from drama_jax.training.signals import stop_requested
 from experiments import aggregate, suite_worker
-from experiments.command_line import AllOptions, parse_plain
+from experiments.command_line import AllOptions, Distributed, parse_plain
 from experiments.suite_progress import Progress, Task
 from experiments.suite_worker import PROGRAM
 
@@ -114,6 +114,10 @@ def plan(suite: Options, passed: Sequence[str]) -> tuple[AllOptions, list[Task]]
     options, *_ = suite_worker.plan(games[0], seeds, passed)
     if any(dataclasses.asdict(options.sweep).values()):
         raise ConfigError("--sweep: the suite runs one setting; give each value a suite and a --logdir of its own")
+    if options.distributed != Distributed():
+        raise ConfigError(
+            "--distributed: the suite is one process that has many; to use several machines, --ray-address"
+        )
     if not options.resume:
         raise ConfigError("--no-resume: the suite goes on with what is there; name another --logdir for a new one")
     if resume.is_run(options.logdir):

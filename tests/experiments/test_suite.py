@@ -172,6 +172,7 @@ def test_other_settings_than_those_of_the_runs_are_refused(story, capsys):
         ("--retries -1", "--retries -1: must be at least 0"),
         ("--no-resume", "--no-resume: the suite goes on with what is there"),
         ("--sweep.tau 10 20", "--sweep: the suite runs one setting"),
+        ("--distributed.coordinator auto", "--distributed: the suite is one process that has many"),
         ("--steps ten", "--steps must be an integer, got 'ten'"),
         ("--agent.replay.tau -3", "agent.replay.tau"),
         ("--stpes 10", "--steps"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -12,10 +16,15 @@ import numpy as np
 import pytest
 from micro import ARGUMENTS, ENVIRONMENT, Killed, compiled_fast, final, haunted, main, metrics, steps_saved
 
+import experiments.runs
+from drama_jax.config import ConfigError
 from drama_jax.training import arrays, checkpoint
-from experiments import atari100k
+from experiments import atari100k, command_line, processes
+from experiments.command_line import Distributed
 
 UPDATES = 200
+LIMIT_S = 300.0
+HERE = "--distributed.coordinator localhost:1 --distributed.processes 2"
 LONG = f"--steps {14 + UPDATES} --logging.checkpoint-every 500".split()
 
 
@@ -158,6 +167,13 @@ def test_seeds_that_are_finished_are_left_alone(whole, tmp_path, monkeypatch, ca
         ("--sweep.tau -3", "agent.replay.tau"),
         ("--sweep.tau ten", "--sweep.tau must be numbers"),
         ("--seeds 2 --seed 2000000000", "seed must lie in"),
+        ("--distributed.processes 2", "--distributed.processes 2 needs --distributed.coordinator HOST:PORT, or auto"),
+        ("--distributed.coordinator here", "--distributed.coordinator 'here': must be HOST:PORT of process 0, or auto"),
+        ("--distributed.coordinator a:1 --distributed.processes 2", "--distributed.process is missing"),
+        ("--distributed.coordinator a:1 --distributed.processes 0", "--distributed.processes 0: must be at least 1"),
+        (f"{HERE} --distributed.process 2", "--distributed.process 2: must be from 0 to one less"),
+        (f"{HERE} --distributed.process 0 --distributed.timeout 0", "--distributed.timeout 0: must be at least 1"),
+        (f"{HERE} --distributed.process 0", "2 processes have 1 agents; start as many processes at most"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flags, message):
@@ -199,10 +215,73 @@ def test_runs_at_different_steps_are_refused_and_left_as_they_are(tmp_path, monk
 
 def test_four_devices_give_what_one_gives(whole, tmp_path):
     """In a process of its own, because a CPU is divided into devices when JAX starts."""
-    environment = dict(os.environ, **ENVIRONMENT, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    program = "import sys; from experiments import atari100k; sys.exit(atari100k.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, *ARGUMENTS, "--logdir", str(tmp_path)]
-    done = subprocess.run([*command, "--seeds", "2"], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = started(tmp_path, "--seeds 2", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
     for seed, run in runs(tmp_path).items():
         assert_as_alone(run, whole[seed])
+
+
+def started(logdir: pathlib.Path, flags: str, **environment: str) -> subprocess.Popen[str]:
+    """The program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.atari100k", *ARGUMENTS, "--logdir", str(logdir), *flags.split()],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=dict(os.environ, **ENVIRONMENT, **environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def free_address() -> str:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        return f"localhost:{taken.getsockname()[1]}"
+
+
+def test_two_processes_give_what_one_gives(whole, tmp_path):
+    together = f"--seeds 2 --distributed.coordinator {free_address()} --distributed.processes 2"
+    both = [started(tmp_path, f"{together} --distributed.process {number}") for number in (0, 1)]
+    outputs = [process.communicate(timeout=LIMIT_S)[0] for process in both]
+    for number, (process, output) in enumerate(zip(both, outputs)):
+        assert process.returncode == 0, output
+        assert f"process {number} of 2: seed {number}\n" in output
+    found = runs(tmp_path)
+    assert found.keys() == whole.keys()
+    for seed, run in found.items():
+        assert_as_alone(run, whole[seed])
+
+
+def test_processes_that_were_started_differently_do_not_begin(monkeypatch):
+    monkeypatch.setattr(processes, "_AGREE_S", 1)
+    address = free_address()
+
+    def meet(number: int) -> str:
+        wanted = Distributed(address, processes=2, process=number, timeout=60)
+        with pytest.raises(ConfigError) as caught:
+            processes.meet(wanted, f"{number + 2} seeds")
+        return str(caught.value)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for message in pool.map(meet, (0, 1)):
+            assert "the processes were not all started with the same command" in message
+
+
+def test_processes_that_do_not_meet_say_so_in_a_line():
+    wanted = Distributed(free_address(), processes=2, process=1, timeout=1)
+    with pytest.raises(ConfigError, match="the 2 processes did not meet there within 1 s; it cannot be reached, or"):
+        processes.meet(wanted, "a command")
+
+
+@pytest.mark.parametrize("done", [{0}, {1}, {0, 1}])
+def test_a_process_leaves_its_finished_agents_alone(tmp_path, monkeypatch, done):
+    """Whatever the others' are: if all were begun anew, it would depend on who looks first."""
+    flags = ["--seeds", "2", "--distributed.coordinator", "localhost:1", "--distributed.processes", "2"]
+    options, config = command_line.parse([*ARGUMENTS, *flags, "--distributed.process", "0"], "x")
+    planned = command_line.plan(options, config)
+    monkeypatch.setattr(experiments.runs, "finished", lambda _, __, one: one.config.seed in done)
+    with contextlib.ExitStack() as stack:
+        options = dataclasses.replace(options, logdir=tmp_path)
+        found = experiments.runs.prepare(options, "Breakout", planned, stack)
+    assert {one.config.seed for one in found} == {0, 1} - done
