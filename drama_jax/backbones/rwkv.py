@@ -2,7 +2,7 @@
 
 Per layer, time mixing and channel mixing, each behind a layer norm and added to the residual stream:
 
-* token shift: what a projection sees lies between x_t and x_(t-1), how far depends on both (section 4.1);
+* token shift: what a projection sees lies between x_t and x_(t-1), how far depends on both;
 * time mixing: a linear recurrence with a decay per channel that depends on the data, see `drama_jax.backbones.wkv`;
 * channel mixing: a gated two-layer network, token shift with fixed weights.
 
@@ -103,7 +103,7 @@ def _before(x: jax.Array, last: jax.Array, index: jax.Array | None) -> jax.Array
 
 
 class TimeMixing(nn.Module):
-    """Time mixing (arXiv 2404.05892, section 4.2)."""
+    """Time mixing (arXiv 2404.05892)."""
 
     config: BackboneConfig
     layer: int
@@ -197,7 +197,7 @@ class TimeMixing(nn.Module):
 
 
 class ChannelMixing(nn.Module):
-    """Channel mixing (arXiv 2404.05892, appendix D): sigmoid(W_r r) W_v ReLU(W_k k)^2, r and k shifted."""
+    """Channel mixing (arXiv 2404.05892): sigmoid(W_r r) W_v ReLU(W_k k)^2, r and k shifted."""
 
     config: BackboneConfig
     layer: int

@@ -1,4 +1,4 @@
-"""The recurrence of RWKV-6 "Finch" (Peng et al. 2024, arXiv 2404.05892, section 4.2), with per-step resets.
+"""The recurrence of RWKV-6 "Finch" (Peng et al. 2024, arXiv 2404.05892), with per-step resets.
 
 Per head, with a state s [P, P] and a decay w_t = exp(log_decay_t) in (0, 1) for every key channel:
 
