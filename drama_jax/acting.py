@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from drama_jax import checks, world_model
 from drama_jax.agent_state import AgentState, policy_input, sample_latent
 from drama_jax.behaviour import actor_critic
+from drama_jax.latents import sample_prior
 from drama_jax.precision import at_least_float32
 
 
@@ -144,7 +145,7 @@ def _policy_input(
         wm, params, latents, actions, num_actions=state.num_actions, segment_ids=valid.astype(jnp.int32)
     )
     hidden = hidden[:, -1]
-    latent = sample_latent(state, key, world_model.prior(wm, params, hidden))
+    latent = sample_prior(wm, params, key, hidden)
     latent = jnp.where(empty[:, None], latents[:, -1], latent)
     hidden = jnp.where(empty[:, None], jnp.zeros_like(hidden), hidden)
     return policy_input(state, latent, hidden)

@@ -12,6 +12,7 @@ Shapes: E environments, B batch, T time, L horizon, S latent size, D backbone wi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -31,6 +32,7 @@ from drama_jax.agent_state import (
     sample_latent,
 )
 from drama_jax.behaviour import actor_critic, normalisers
+from drama_jax.latents import sample_posterior, sample_prior
 from drama_jax.precision import at_least_float32
 from drama_jax.replay import Batch, Replay, Transition
 
@@ -199,7 +201,7 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     wm = config.world_model
     params = state.world_model.params
     posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
-    latent = sample_latent(state, posterior_key, world_model.posterior(wm, state.world_model, context.frames))
+    latent = sample_posterior(wm, state.world_model, posterior_key, context.frames)
     horizon, unroll = config.imagination.horizon, config.imagination.unroll
     features, recurrent = world_model.open_window(
         wm,
@@ -212,47 +214,55 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
         unrolled=unroll >= horizon,
     )
     hidden = features[:, -1]
-    latent = sample_latent(state, prior_key, world_model.prior(wm, params, hidden))
+    latent = sample_prior(wm, params, prior_key, hidden)
 
     def policy(carry: Any, output: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         recurrent, normaliser = carry
-        inputs = policy_input(state, *output)
+        latent, hidden = output
+        parts = (latent, hidden.astype(latent.dtype))
         if not fidelity.normalise_by_training_data:
-            normaliser = normalisers.update(normaliser, inputs)
-        logits = actor_critic.policy_logits(config.behaviour, state.behaviour.params, normaliser, inputs)
-        return (recurrent, normaliser), jax.random.categorical(key, logits)
+            normaliser = normalisers.update(normaliser, jnp.concatenate(parts, axis=-1))
+        actions = actor_critic.sample_actions(config.behaviour, state.behaviour.params, normaliser, parts, key)
+        return (recurrent, normaliser), actions
 
     def model(carry: Any, output: Any, action: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         recurrent, normaliser = carry
         latent, _ = output
         hidden, recurrent = world_model.step(wm, params, recurrent, latent, action, num_actions=state.num_actions)
-        latent = sample_latent(state, key, world_model.prior(wm, params, hidden))
-        return (recurrent, normaliser), (latent, hidden)
+        return (recurrent, normaliser), (sample_prior(wm, params, key, hidden), hidden)
 
-    trajectory, (_, normaliser) = imagination.rollout(
-        model,
-        policy,
-        ((recurrent, state.behaviour.normaliser), (latent, hidden)),
-        horizon,
-        rollout_key,
-        unroll=unroll,
-    )
-    latents, hiddens = trajectory.outputs
+    start = ((recurrent, state.behaviour.normaliser), (latent, hidden))
+    if unroll >= horizon:
+        outputs, steps, (_, normaliser) = imagination.rollout_steps(model, policy, start, horizon, rollout_key)
+        features, actions = _side_by_side(outputs), jnp.stack(steps, axis=1)
+        hiddens = jnp.stack([hidden for _, hidden in outputs], axis=1)
+    else:
+        trajectory, (_, normaliser) = imagination.rollout(model, policy, start, horizon, rollout_key, unroll=unroll)
+        features = policy_input(state, *trajectory.outputs).swapaxes(0, 1)
+        actions, hiddens = trajectory.actions.T, trajectory.outputs[1].swapaxes(0, 1)
     # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
-    caused = (hiddens[1:] if fidelity.reward_follows_action else hiddens[:-1]).swapaxes(0, 1)
+    caused = hiddens[:, 1:] if fidelity.reward_follows_action else hiddens[:, :-1]
     imagined = Imagined(
-        features=policy_input(state, latents, hiddens).swapaxes(0, 1),
-        actions=trajectory.actions.T,
+        features=features,
+        actions=actions,
         rewards=distributions.two_hot_decode(world_model.reward_logits(wm, params, caused)),
         terminations=world_model.termination_logits(wm, params, caused) > 0,
     )
     return jax.lax.stop_gradient(imagined), normaliser
 
 
+def _side_by_side(outputs: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """z [B, S] and d [B, D] of all steps as the behaviour's features [B, L + 1, S + D], in z's dtype."""
+    dtype = outputs[0][0].dtype
+    flat = jnp.concatenate([x.astype(dtype) for output in outputs for x in output], axis=-1)
+    # All in one copy: left to itself XLA makes three of them, through layouts in between.
+    return jax.lax.optimization_barrier(flat).reshape(flat.shape[0], len(outputs), -1)
+
+
 def reconstruct(state: AgentState, frames: jax.Array, key: jax.Array) -> jax.Array:
     """Frames through the autoencoder: uint8 [..., height, width, channels] -> float in 0..1, same shape."""
     checks.instances("agent.reconstruct", state=(state, AgentState))
-    latent = sample_latent(state, key, world_model.posterior(state.config.world_model, state.world_model, frames))
+    latent = sample_posterior(state.config.world_model, state.world_model, key, frames)
     return world_model.decode(state.config.world_model, state.world_model, latent)
 
 
@@ -272,8 +282,7 @@ def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int)
     checks.integers("agent.imagine_video", 1, batch.actions.shape[1] - 1, context=context)
     wm, params = state.config.world_model, state.world_model.params
     posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
-    seen = world_model.posterior(wm, state.world_model, batch.frames[:, :context])
-    latents = sample_latent(state, posterior_key, seen)
+    latents = sample_posterior(wm, state.world_model, posterior_key, batch.frames[:, :context])
     features, recurrent = world_model.observe(
         wm,
         params,
@@ -282,13 +291,13 @@ def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int)
         num_actions=state.num_actions,
         segment_ids=episode_segments(state.config.fidelity, batch.firsts[:, :context]),
     )
-    latent = sample_latent(state, prior_key, world_model.prior(wm, params, features[:, -1]))
+    latent = sample_prior(wm, params, prior_key, features[:, -1])
 
     def body(carry: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         recurrent, latent = carry
         action, key = inputs
         hidden, recurrent = world_model.step(wm, params, recurrent, latent, action, num_actions=state.num_actions)
-        return (recurrent, sample_latent(state, key, world_model.prior(wm, params, hidden))), latent
+        return (recurrent, sample_prior(wm, params, key, hidden)), latent
 
     actions = batch.actions[:, context:].T
     _, dreamt = jax.lax.scan(body, (recurrent, latent), (actions, jax.random.split(rollout_key, actions.shape[0])))

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import checks, distributions, guard, replay, world_model
+from drama_jax import checks, guard, latents, replay, world_model
 from drama_jax.behaviour import actor_critic
 from drama_jax.config import AgentConfig, Fidelity
 from drama_jax.replay import Replay
@@ -92,8 +92,7 @@ def episode_segments(fidelity: Fidelity, firsts: jax.Array) -> jax.Array | None:
 
 def sample_latent(state: AgentState, key: jax.Array, log_probs: jax.Array) -> jax.Array:
     """One-hot samples of log-probabilities [..., K, C], flattened to [..., S], in the compute dtype."""
-    sample = distributions.sample_one_hot(key, log_probs)
-    return sample.reshape(*sample.shape[:-2], -1).astype(world_model.compute_dtype(state.config.world_model))
+    return latents.sample(state.config.world_model, key, log_probs)
 
 
 def policy_input(state: AgentState, latent: jax.Array, hidden: jax.Array) -> jax.Array:

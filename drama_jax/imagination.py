@@ -55,17 +55,45 @@ def rollout(
       The trajectory, time-major, and the final carry.
     """
 
+    body, keys = _prepared("rollout", model, policy, horizon, key)
+    checks.integers("rollout", unroll=unroll)
+    (carry, last), (outputs, actions) = jax.lax.scan(body, start, keys, unroll=unroll)
+    outputs = jax.tree.map(lambda before, end: jnp.concatenate([before, end[None]]), outputs, last)
+    return Trajectory(outputs, actions), carry
+
+
+def rollout_steps(
+    model: Model, policy: Policy, start: tuple[Carry, Output], horizon: int, key: jax.Array
+) -> tuple[list[Output], list[jax.Array], Carry]:
+    """As `rollout`, unrolled whole and not stacked: for those who lay the steps out in memory themselves.
+
+    Returns:
+      L + 1 outputs, L actions [B], and the final carry.
+    """
+    body, keys = _prepared("rollout_steps", model, policy, horizon, key)
+    body = jax.jit(body)  # traced once for all steps
+    loop, outputs, actions = start, [], []
+    for step in range(horizon):
+        loop, (output, action) = body(loop, keys[step])
+        outputs.append(output)
+        actions.append(action)
+    carry, last = loop
+    return [*outputs, last], actions, carry
+
+
+def _prepared(
+    function: str, model: Model, policy: Policy, horizon: int, key: jax.Array
+) -> tuple[Callable[[tuple[Carry, Output], jax.Array], Any], jax.Array]:
+    """The body of the loop, and its keys [L, 2]."""
+    if not callable(model) or not callable(policy):
+        raise TypeError(f"{function}: model and policy must be functions")
+    checks.integers(function, horizon=horizon)
+    checks.key(function, key)
+
     def body(loop: tuple[Carry, Output], keys: jax.Array) -> tuple[tuple[Carry, Output], tuple[Output, jax.Array]]:
         carry, output = loop
         carry, action = policy(carry, output, keys[0])
         carry, following = model(carry, output, action, keys[1])
         return (carry, following), (output, action)
 
-    if not callable(model) or not callable(policy):
-        raise TypeError("rollout: model and policy must be functions")
-    checks.integers("rollout", horizon=horizon, unroll=unroll)
-    checks.key("rollout", key)
-    keys = jax.random.split(key, (horizon, 2))
-    (carry, last), (outputs, actions) = jax.lax.scan(body, start, keys, unroll=unroll)
-    outputs = jax.tree.map(lambda before, end: jnp.concatenate([before, end[None]]), outputs, last)
-    return Trajectory(outputs, actions), carry
+    return body, jax.random.split(key, (horizon, 2))

@@ -105,14 +105,18 @@ def init(key: jax.Array, config: WorldModelConfig, num_actions: int) -> WorldMod
 
 def posterior(config: WorldModelConfig, state: WorldModelState, frames: jax.Array) -> jax.Array:
     """Log-probabilities of q(z | frame) in evaluation mode: uint8 [..., height, width, channels] -> [..., K, C]."""
-    checks.instances("world_model.posterior", config=(config, WorldModelConfig), state=(state, WorldModelState))
-    checks.arrays("world_model.posterior", frames=(frames, (..., *config.autoencoder.image_shape), "uint8"))
+    embedding = embed(config, state, frames)
+    return vae.posterior(config.autoencoder, state.params, embedding, dtype=compute_dtype(config))
+
+
+def embed(config: WorldModelConfig, state: WorldModelState, frames: jax.Array) -> jax.Array:
+    """Features of frames in evaluation mode: uint8 [..., height, width, channels] -> [..., E], compute dtype."""
+    checks.instances("world_model.embed", config=(config, WorldModelConfig), state=(state, WorldModelState))
+    checks.arrays("world_model.embed", frames=(frames, (..., *config.autoencoder.image_shape), "uint8"))
     dtype = compute_dtype(config)
-    lead = frames.shape[:-3]
     phases = vae.frames_to_phases(frames.reshape(-1, *frames.shape[-3:]), dtype)
     embedding, _ = vae.encode(config.autoencoder, state.params, state.batch_stats, phases, train=False, dtype=dtype)
-    log_probs = vae.posterior(config.autoencoder, state.params, embedding, dtype=dtype)
-    return log_probs.reshape(*lead, *log_probs.shape[1:])
+    return embedding.reshape(*frames.shape[:-3], -1)
 
 
 def decode(config: WorldModelConfig, state: WorldModelState, latent: jax.Array) -> jax.Array:
@@ -173,7 +177,7 @@ def open_window(
     segment_ids: jax.Array | None = None,
     unrolled: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Parallel pass from an empty past, as `observe`, ready for a short rollout.
+    """Parallel pass from an empty past, as `observe`, ready for a short rollout over one-hot latents.
 
     Args:
       horizon: how many calls of `step` may follow, static.
@@ -192,6 +196,7 @@ def open_window(
         horizon=horizon,
         segment_ids=segment_ids,
         unrolled=unrolled,
+        classes=config.autoencoder.classes,
         method="open_window",
     )
     return features, window

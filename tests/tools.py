@@ -5,9 +5,18 @@ import functools
 import flax.traverse_util
 import jax
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """`jax.jit` that compiles in half the time and runs slower: for what a test runs a few times only."""
+
+
+def lower_for_cuda(function, *arguments):
+    """The program that an H100 would be given, as text; needs no GPU. Let the deprecation of Triton pass in the test."""
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def named(data, prefix):

@@ -22,6 +22,7 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
+from drama_jax.backbones import gpu_rollout
 from drama_jax.backbones.causal_conv import CausalConv
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window, attend, open_window
 from drama_jax.config import BackboneConfig
@@ -116,7 +117,8 @@ class Mamba2Backbone(nn.Module):
         horizon: int,
         segment_ids: jax.Array | None = None,
         unrolled: bool = False,
-    ) -> tuple[jax.Array, Mamba2Window]:
+        classes: int | None = None,
+    ) -> tuple[jax.Array, Mamba2Window | gpu_rollout.GpuWindow]:
         """Features of a sequence, and a memory of it that makes the next `horizon` steps cheap.
 
         Args:
@@ -126,6 +128,8 @@ class Mamba2Backbone(nn.Module):
           segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
           unrolled: for steps in a loop that is unrolled whole, where the window can be read only as far as it is
             filled; in any other loop it is slower, never wrong.
+          classes: a promise that the latents of the steps are one-hot in groups of this many, for GPU kernels that
+            count on it; without it they do not serve.
 
         Returns:
           d_t `[B, T, D]` in at least float32, and the window for `step` after the last step.
@@ -136,6 +140,12 @@ class Mamba2Backbone(nn.Module):
         _check_inputs(latent, action, segment_ids, axes=("B", "T"))
         checks.integers("backbone", horizon=horizon)
         index = None if segment_ids is None else segment_index(segment_ids)
+        if classes is not None and gpu_rollout.serves(self.config, self.dtype, latent.shape[-1], classes):
+            index = jnp.zeros(action.shape, jnp.int32) if index is None else index
+            return gpu_rollout.open_window(
+                self.config, self.variables["params"], self.stem(latent, action), index,
+                horizon=horizon, classes=classes, eps=_BLOCK_EPS, dtype=self.dtype,
+            )  # fmt: skip
         blocks = [
             functools.partial(layer.open_window, index=index, horizon=horizon, unrolled=unrolled)
             for layer in self.layers
@@ -144,8 +154,8 @@ class Mamba2Backbone(nn.Module):
         return features, Mamba2Window(layers=windows)
 
     def step(
-        self, latent: jax.Array, action: jax.Array, state: Mamba2State | Mamba2Window
-    ) -> tuple[jax.Array, Mamba2State | Mamba2Window]:
+        self, latent: jax.Array, action: jax.Array, state: Mamba2State | Mamba2Window | gpu_rollout.GpuWindow
+    ) -> tuple[jax.Array, Mamba2State | Mamba2Window | gpu_rollout.GpuWindow]:
         """The feature of one step.
 
         Args:
@@ -160,7 +170,13 @@ class Mamba2Backbone(nn.Module):
           ValueError: if latent and action do not fit.
         """
         _check_inputs(latent, action, None, axes=("B",))
-        self._check_state(state, latent.shape[0], Mamba2Window)
+        self._check_state(state, latent.shape[0], Mamba2Window, gpu_rollout.GpuWindow)
+        if isinstance(state, gpu_rollout.GpuWindow):
+            feature, window = gpu_rollout.step(
+                self.config, self.variables["params"], latent.astype(self.dtype), action, state,
+                eps=(_STEM_EPS, _BLOCK_EPS),
+            )  # fmt: skip
+            return feature.astype(at_least_float32(self.dtype)), window
         memories: tuple[Mamba2LayerState | Mamba2LayerWindow, ...] = state.layers
         blocks = [
             functools.partial(layer.step, state=memory) for layer, memory in zip(self.layers, memories, strict=True)

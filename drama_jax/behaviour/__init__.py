@@ -1,6 +1,15 @@
 """Behaviour learning in imagination: actor, critic, lambda-returns, normalisers."""
 
-from drama_jax.behaviour.actor_critic import BehaviourState, LossTerms, init, loss, policy_logits, update, value_logits
+from drama_jax.behaviour.actor_critic import (
+    BehaviourState,
+    LossTerms,
+    init,
+    loss,
+    policy_logits,
+    sample_actions,
+    update,
+    value_logits,
+)
 from drama_jax.behaviour.normalisers import InputNormaliser, ReturnScale
 from drama_jax.behaviour.returns import lambda_returns, survival
 
@@ -13,6 +22,7 @@ __all__ = [
     "lambda_returns",
     "loss",
     "policy_logits",
+    "sample_actions",
     "survival",
     "update",
     "value_logits",

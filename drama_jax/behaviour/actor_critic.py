@@ -7,6 +7,7 @@ B imagined rollouts, L imagined steps, F = S + D features, A actions. Rollout ar
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from drama_jax import checks, distributions, optim
-from drama_jax.behaviour import networks, normalisers
+from drama_jax.behaviour import gpu_actor, networks, normalisers
 from drama_jax.behaviour.returns import lambda_returns, survival
 from drama_jax.config import BehaviourConfig, Fidelity
 from drama_jax.precision import at_least_float32, named
@@ -84,6 +85,32 @@ def policy_logits(
     inputs = normalisers.apply(normaliser, features)
     logits: jax.Array = networks.actor(config, num_actions).apply({"params": params["actor"]}, inputs)
     return logits
+
+
+def sample_actions(
+    config: BehaviourConfig,
+    params: dict[str, Params],
+    normaliser: normalisers.InputNormaliser,
+    parts: Sequence[jax.Array],
+    key: jax.Array,
+) -> jax.Array:
+    """Actions drawn from the policy.
+
+    Args:
+      config: static.
+      params: of the behaviour.
+      normaliser: of the features; no statistic moves.
+      parts: [B, F_i], which side by side are the features [B, F].
+      key: consumed.
+
+    Returns:
+      [B] int32.
+    """
+    checks.parts("behaviour.sample_actions", "params", params, "actor")
+    if gpu_actor.serves(key, parts, params["actor"]):
+        return gpu_actor.choose_actions(key, parts, normaliser, params["actor"])
+    logits = policy_logits(config, params, normaliser, jnp.concatenate(list(parts), axis=-1))
+    return jax.random.categorical(key, logits)
 
 
 def value_logits(config: BehaviourConfig, critic: Params, features: jax.Array) -> jax.Array:

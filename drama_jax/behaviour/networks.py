@@ -14,6 +14,8 @@ from drama_jax.config import BehaviourConfig
 from drama_jax.nn.rms_norm import rms_norm
 from drama_jax.precision import at_least_float32, named
 
+EPSILON = 1e-6
+"""Of the norms."""
 HIDDEN_GAIN = 2**0.5
 OUTPUT_GAIN = 1e-3
 """A near-uniform policy and values near zero at the start."""
@@ -42,7 +44,7 @@ class MLP(nn.Module):
         x = x.astype(self.dtype)
         for i in range(self.layers):
             x = dense(self.units, HIDDEN_GAIN, f"hidden_{i}")(x).astype(wide)
-            x = nn.silu(rms_norm(1e-6, wide, name=f"norm_{i}")(x)).astype(self.dtype)
+            x = nn.silu(rms_norm(EPSILON, wide, name=f"norm_{i}")(x)).astype(self.dtype)
         return dense(self.outputs, OUTPUT_GAIN, "output")(x).astype(wide)
 
 

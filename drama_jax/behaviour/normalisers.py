@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from drama_jax import checks
 from drama_jax.config import BehaviourConfig
 
-_CLIP = 10.0
+CLIP = 10.0
 _EPS = 1e-8
 
 
@@ -65,8 +65,12 @@ def apply(normaliser: InputNormaliser, features: jax.Array) -> jax.Array:
     """(x - mean) / standard deviation, clipped to +-10; [..., F] -> [..., F] in the statistics' dtype."""
     checks.arrays("normalisers.apply", features=(features, (..., normaliser.mean.shape[0]), "float"))
     features = features.astype(normaliser.mean.dtype)
-    scale = jax.lax.rsqrt(normaliser.variance + _EPS)
-    return jnp.clip((features - normaliser.mean) * scale, -_CLIP, _CLIP)
+    return jnp.clip((features - normaliser.mean) * scale(normaliser), -CLIP, CLIP)
+
+
+def scale(normaliser: InputNormaliser) -> jax.Array:
+    """1 / standard deviation, [F]."""
+    return jax.lax.rsqrt(normaliser.variance + _EPS)
 
 
 def init_return_scale(dtype: DTypeLike = jnp.float32) -> ReturnScale:

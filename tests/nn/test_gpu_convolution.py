@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from drama_jax import nn
 from drama_jax.nn import gpu_convolution
 from drama_jax.nn.convolution import conv3x3
 from drama_jax.nn.gpu_convolution import conv3x3 as gpu_conv3x3
 from drama_jax.nn.gpu_convolution import kernel_gradient
+from tests.tools import lower_for_cuda
 
 SHAPES = [
     # images, height, width, in, out: both kernels, odd numbers of images, channels that need padding
@@ -70,13 +70,6 @@ def test_other_shapes_are_refused(shape):
     x, kernel, bias = inputs(shape)
     with pytest.raises(ValueError, match="w a divisor of 64"):
         gpu_conv3x3(x, kernel, bias)
-
-
-def lower_for_cuda(function, *arguments):
-    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")

@@ -1,0 +1,152 @@
+"""The kernels of the imagined step, interpreted, against the mixer's and the stem's own forms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, mamba2
+from drama_jax.config import BackboneConfig, preset
+from drama_jax.nn import rms_norm
+from tests.tools import lower_for_cuda, quick_jit
+
+KEY = jax.random.key(0)
+CONFIG = BackboneConfig(width=32, head_dim=16, state_dim=16)
+B, T, L = 3, 5, 4
+OPTIONS = {"epsilon": 1e-5, "interpret": True}
+mixer_context = quick_jit(functools.partial(gpu_mixer.mixer_context, horizon=L, **OPTIONS))
+mixer_step = quick_jit(functools.partial(gpu_mixer.mixer_step, **OPTIONS))
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def jitter(params):
+    return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
+
+
+def close(actual, expected, dtype):
+    """To some roundings of the dtype, on the array's scale."""
+    tolerance = 2e-5 if dtype == jnp.float32 else 1e-2
+    expected, actual = jnp.asarray(expected, jnp.float32), jnp.asarray(actual, jnp.float32)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * float(jnp.abs(expected).max()))
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=["float32", "bfloat16"])
+def mixer(request):
+    module = mamba2.Mamba2Mixer(CONFIG, request.param)
+    start = mamba2.Mamba2Backbone(CONFIG, 2, request.param).initial_state(B).layers[0]
+    return module, jitter(module.init(KEY, jnp.zeros((B, 2, 32)), start)), request.param
+
+
+def in_proj(module, variables, x):
+    return module.apply(variables, x, method=lambda self, x: self.in_proj(x))
+
+
+def out_proj(module, variables, x):
+    return module.apply(variables, x, method=lambda self, x: self.out_proj(x))
+
+
+@pytest.mark.parametrize("time", [2, T])  # fewer steps than the convolution is wide, and more
+def test_context_and_steps_equal_the_mixer(mixer, time):
+    module, variables, dtype = mixer
+    weights = gpu_mixer.MixerWeights.of(variables["params"])
+    u = jax.random.normal(KEY, (B, time, 32))
+    index = jax.random.randint(KEY, (B, time), 0, 2).cumsum(axis=1).astype(jnp.int32)
+    expected, window = module.apply(variables, u, index, horizon=L, unrolled=False, method="open_window")
+    normed, mine = mixer_context(in_proj(module, variables, u), index, weights)
+    close(out_proj(module, variables, normed), expected, dtype)
+    close(mine.context_weights, window.weights[:, :time], dtype)
+    for step in range(L):
+        v = jax.random.normal(jax.random.key(step), (B, 32))
+        expected, window = module.apply(variables, v, window, method="step")
+        normed, mine = mixer_step(in_proj(module, variables, v), mine, weights)
+        close(out_proj(module, variables, normed), expected, dtype)
+    before = mine.rollout
+    normed, mine = mixer_step(in_proj(module, variables, v), mine, weights)
+    assert bool(jnp.isnan(normed).all()), "a step beyond the horizon must not look like a result"
+    np.testing.assert_array_equal(mine.rollout, before)
+
+
+def test_steps_vmap_over_seeds(mixer):
+    module, variables, dtype = mixer
+    if dtype != jnp.float32:
+        pytest.skip("one dtype will do")
+    weights = gpu_mixer.MixerWeights.of(variables["params"])
+    index = jnp.zeros((B, T), jnp.int32)
+
+    def run(u, v, weights):
+        _, window = gpu_mixer.mixer_context(u, index, weights, horizon=L, **OPTIONS)
+        first, window = gpu_mixer.mixer_step(v, window, weights, **OPTIONS)
+        second, window = gpu_mixer.mixer_step(v, window, weights, **OPTIONS)
+        return first, second, window
+
+    u = in_proj(module, variables, jax.random.normal(KEY, (2, B, T, 32)))
+    v = in_proj(module, variables, jax.random.normal(KEY, (2, B, 32)))
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.9 * a]), weights)
+    batched = quick_jit(jax.vmap(run))(u, v, stacked)
+    for seed in range(2):
+        one = jax.tree.map(lambda a, seed=seed: a[seed], (u, v, stacked))
+        jax.tree.map(lambda a, b, seed=seed: close(a[seed], b, jnp.float32), batched, quick_jit(run)(*one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stem_and_projection_equal_the_modules(dtype):
+    batch, groups, classes, width, actions = 19, 4, 16, 32, 6
+    latent = jax.nn.one_hot(jax.random.randint(KEY, (batch, groups), 0, classes), classes, dtype=dtype)
+    latent = latent.reshape(batch, -1)
+    action = jax.random.randint(KEY, (batch,), 0, actions)
+    module = mamba2.Stem(width, actions, dtype)
+    stem = jitter(module.init(KEY, latent, action)["params"])
+    block_scale = jnp.exp(jax.random.normal(KEY, (width,)))
+
+    def norm(x):
+        return rms_norm(1e-5, jnp.float32).apply({"params": {"scale": block_scale}}, x)
+
+    residual = module.apply({"params": stem}, latent, action)
+    mine = gpu_dense.embed(latent, action, stem, block_scale, classes=classes, eps=(1e-6, 1e-5), interpret=True)
+    close(mine[0], residual, jnp.float32)
+    close(mine[1], norm(residual), dtype)
+
+    kernel = jax.random.normal(KEY, (latent.shape[1], width)).astype(dtype)
+    total = residual + jnp.matmul(latent, kernel).astype(jnp.float32)
+    mine = gpu_dense.project(latent, kernel, residual, block_scale, eps=1e-5, interpret=True)
+    close(mine[0], total, dtype)
+    close(mine[1], norm(total), dtype)
+    assert mine[0].dtype == jnp.float32 and mine[1].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("config", "classes", "dtype", "serves"),
+    [
+        (preset("xs").agent.world_model.backbone, 32, jnp.bfloat16, True),
+        (preset("s").agent.world_model.backbone, 32, jnp.bfloat16, True),
+        (preset("xs").agent.world_model.backbone, 32, jnp.float32, False),
+        (BackboneConfig(width=96, head_dim=16), 32, jnp.bfloat16, False),
+        (BackboneConfig(width=32, head_dim=16, state_dim=24), 32, jnp.bfloat16, False),
+    ],
+)
+def test_serves_what_it_was_made_for(monkeypatch, config, classes, dtype, serves):
+    assert not gpu_rollout.serves(config, dtype, 1024, classes)  # this is a CPU
+    monkeypatch.setattr(gpu_rollout.gpu_convolution, "available", lambda: True)
+    assert gpu_rollout.serves(config, dtype, 1024, classes) == serves
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+def test_everything_lowers_for_cuda(monkeypatch):
+    monkeypatch.setattr(gpu_rollout.gpu_convolution, "available", lambda: True)
+    config, dtype = preset("xs").agent.world_model.backbone, jnp.bfloat16
+    backbone = mamba2.Mamba2Backbone(config, 18, dtype)
+
+    def run(latent, action):
+        variables = jax.eval_shape(backbone.init, KEY, latent, action)
+        variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), variables)
+        features, window = backbone.apply(variables, latent, action, horizon=L, classes=32, method="open_window")
+        assert isinstance(window, gpu_rollout.GpuWindow)
+        feature, _ = backbone.apply(variables, latent[:, 0], action[:, 0], window, method="step")
+        assert feature.dtype == features.dtype == jnp.float32
+        return features, feature
+
+    text = lower_for_cuda(run, jax.ShapeDtypeStruct((32, 8, 1024), dtype), jax.ShapeDtypeStruct((32, 8), jnp.int32))
+    for name in ("mixer_context", "mixer_step", "stem", "project"):
+        assert name in text

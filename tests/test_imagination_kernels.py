@@ -1,0 +1,108 @@
+"""Imagination by GPU kernels, interpreted, gives what the general form gives; the same keys, the same actions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drama_jax import agent, latents
+from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, make
+from drama_jax.behaviour import gpu_actor
+from drama_jax.config import preset
+from drama_jax.nn import gpu_sample
+from drama_jax.replay import Batch
+from tests.tools import quick_jit
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Switches the kernels on, and counts the calls of each while tracing."""
+    calls = {}
+
+    def interpreted(module, name):
+        function = functools.partial(getattr(module, name), interpret=True)
+
+        def run(*arguments, **options):
+            calls[name] = calls.get(name, 0) + 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, run)
+
+    for module in (gpu_rollout, gpu_sample, gpu_actor):
+        monkeypatch.setattr(module, "serves", lambda *arguments: True)
+    interpreted(gpu_sample, "sample_latent")
+    interpreted(gpu_actor, "choose_actions")
+    for name in ("mixer_context", "mixer_step"):
+        interpreted(gpu_mixer, name)
+    for name in ("embed", "project"):
+        interpreted(gpu_dense, name)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    config = preset("tiny").agent.with_compute_dtype("float32")
+    state = quick_jit(agent.init, static_argnums=(1, 2))(jax.random.key(0), config, 6)
+
+    def jitter(params, scale):
+        return jax.tree.map(lambda a: a + scale * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
+
+    model = state.world_model.replace(params=jitter(state.world_model.params, 0.05))
+    behaviour = state.behaviour.replace(params=jitter(state.behaviour.params, 0.1))
+    shape = (6, config.imagination.context_length)
+    rng = np.random.default_rng(0)
+    batch = Batch(
+        frames=jnp.asarray(rng.integers(0, 255, (*shape, *config.world_model.autoencoder.image_shape)), jnp.uint8),
+        actions=jnp.asarray(rng.integers(0, 6, shape), jnp.int32),
+        rewards=jnp.zeros(shape),
+        terminals=jnp.zeros(shape, bool),
+        firsts=jnp.asarray(rng.random(shape) < 0.3),
+    )
+    return state.replace(world_model=model, behaviour=behaviour), batch
+
+
+def test_imagination_is_the_same(inputs, request):
+    expected, _ = quick_jit(agent.imagine)(*inputs, jax.random.key(7))
+    calls = request.getfixturevalue("kernels")
+    # A new function: a compiled one would be found again.
+    actual, _ = quick_jit(lambda *arguments: agent.imagine(*arguments))(*inputs, jax.random.key(7))
+    layers = inputs[0].config.world_model.backbone.num_layers
+    assert calls == {
+        "sample_latent": 3,  # posterior, first prior, and the step's: that is traced once
+        "mixer_context": layers,
+        "choose_actions": 1,
+        "embed": 1,
+        "mixer_step": layers,
+        "project": layers,
+    }
+    np.testing.assert_array_equal(actual.actions, expected.actions)
+    np.testing.assert_array_equal(actual.terminations, expected.terminations)
+    np.testing.assert_allclose(actual.features, expected.features, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(actual.rewards, expected.rewards, rtol=2e-4, atol=2e-4)
+
+
+def test_without_a_promise_of_one_hot_latents_the_kernels_do_not_serve(inputs, kernels):
+    state, _ = inputs
+    wm = state.config.world_model
+    latent = jnp.full((2, 3, wm.autoencoder.latent_size), 0.5)
+    action = jnp.zeros((2, 3), jnp.int32)
+    backbone = make(wm.backbone, 6, jnp.float32)
+    variables = {"params": state.world_model.params["backbone"]}
+    _, window = jax.eval_shape(
+        lambda z, a: backbone.apply(variables, z, a, horizon=2, method="open_window"), latent, action
+    )
+    assert not isinstance(window, gpu_rollout.GpuWindow) and kernels == {}
+
+
+def test_latents_are_one_hot_and_of_the_compute_dtype(inputs):
+    state, batch = inputs
+    wm = state.config.world_model
+    sample = quick_jit(latents.sample_posterior, static_argnums=0)(
+        wm, state.world_model, jax.random.key(1), batch.frames
+    )
+    c = wm.autoencoder
+    assert sample.shape == (*batch.actions.shape, c.latent_size) and sample.dtype == jnp.float32
+    groups = sample.reshape(*batch.actions.shape, c.categoricals, c.classes)
+    np.testing.assert_array_equal(groups.sum(axis=-1), 1)
