@@ -27,7 +27,7 @@ from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.signals import stop_requested
 from drama_jax.training.together import Together
 from experiments import command_line, machine, processes
-from experiments.runs import Run, prepare
+from experiments.runs import Run, prepare, unfinished
 
 _PROGRAM = "python -m experiments.atari100k"
 
@@ -99,6 +99,11 @@ def run(
             one.config: games.enter_context(contextlib.closing(machine.make_environment(game, one.config, num_envs=1)))
             for one in planned
         }
+        left = unfinished(options, game, planned)
+        if left:
+            together = Together(len(left), machine.share_out(len(left), options.devices))
+            num_actions = environments[left[0].config].num_actions
+            machine.check_update(config.agent, num_actions, together, together.devices[0].memory_stats())
         runs = prepare(options, game, planned, stack)
         if not runs:
             return [], True

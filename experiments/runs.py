@@ -35,28 +35,42 @@ class Run:
         return 0 if self.snapshot is None else self.snapshot.step
 
 
+def _shared(options: AllOptions) -> bool:
+    """Whether the command has agents that other processes train."""
+    return (options.distributed.processes or 1) > 1
+
+
+def unfinished(options: AllOptions, game: str, planned: Sequence[Planned]) -> list[Planned]:
+    """The agents that a command trains.
+
+    Of several, those that are finished are left out, unless all are. A process that has only a share of a command's
+    agents leaves its finished ones out in any case, because it cannot tell whether the others' are, or were a moment
+    ago.
+    """
+    if not options.resume or (len(planned) == 1 and not _shared(options)):
+        return list(planned)
+    left = [one for one in planned if finished(options, game, one) is None]
+    return left if left or _shared(options) else list(planned)
+
+
 def prepare(options: AllOptions, game: str, planned: Sequence[Planned], stack: contextlib.ExitStack) -> list[Run]:
     """Finds the runs to continue or creates new directories, and locks them until `stack` is closed.
 
-    Of several agents, those that are finished are left out, unless all are; the others all start at one step. A process
-    that has only a share of a command's agents leaves its finished ones out in any case, because it cannot tell whether
-    the others' are, or were a moment ago.
+    Only those that `unfinished` names; they all start at one step.
 
     Raises:
       ConfigError: if one cannot be continued as asked for, or is in use, or if they are not at one step.
     """
-    shared = (options.distributed.processes or 1) > 1
-    if (len(planned) > 1 or shared) and resume.is_run(options.logdir):
+    if (len(planned) > 1 or _shared(options)) and resume.is_run(options.logdir):
         raise ConfigError(
             f"--logdir {options.logdir} is the directory of one run, and this command has {len(planned)} agents; name "
             f"the directory that holds their runs"
         )
-    if len(planned) > 1 or shared:
-        done = [one for one in planned if options.resume and finished(options, game, one)]
-        if len(done) < len(planned) or shared:
-            for one in done:
-                say(f"{one.label} is finished")
-            planned = [one for one in planned if one not in done]
+    left = unfinished(options, game, planned)
+    for one in planned:
+        if one not in left:
+            say(f"{one.label} is finished")
+    planned = left
     directories = [_find(options, game, one) for one in planned]
     if None in directories and any(directories):
         begun = [one.label for one, directory in zip(planned, directories) if directory is not None]
@@ -73,13 +87,13 @@ def prepare(options: AllOptions, game: str, planned: Sequence[Planned], stack: c
 
 def _find(options: AllOptions, game: str, planned: Planned) -> pathlib.Path | None:
     return resume.find(
-        options.logdir, game, options.preset, planned.config, resume=options.resume, same=planned.swept, say=say
+        options.logdir, game, options.preset, planned.config, resume=options.resume, same=planned.same, say=say
     )
 
 
 def finished(options: AllOptions, game: str, planned: Planned) -> pathlib.Path | None:
     """The directory of an agent's newest run if it is finished and none is under way."""
-    directories = resume.runs(options.logdir, game, options.preset, planned.config, planned.swept)
+    directories = resume.runs(options.logdir, game, options.preset, planned.config, planned.same)
     if directories and all(resume.finished(directory, planned.config.steps) for directory in directories):
         return max(directories, key=lambda path: path.name)
     return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from drama_jax import agent, replay
 from drama_jax.config import AgentConfig
@@ -68,6 +69,39 @@ class Programs:
             self.update = together.program(_update_one, donated=True)
             self.metrics = together.program(_state_metrics)
             self.pictures = together.program(images.pictures)
+
+
+def update_bytes(config: AgentConfig, num_actions: int, together: Together) -> tuple[int, int] | None:
+    """What `Programs.update` takes of each device, by the compiled program's own account; nothing is allocated.
+
+    Compiles it, as the loop will call it: JAX keeps the program for that call, so that it is not compiled twice.
+
+    Args:
+      config: Of every agent.
+      num_actions: A of the game.
+      together: How the agents lie on the devices.
+
+    Returns:
+      Bytes of the states, and of all that is in memory while the update runs; None if the compiler gives no account.
+    """
+    several = together.count > 1
+    sharding = together.sharding if several else None
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((together.count, *leaf.shape), leaf.dtype, sharding=sharding)
+
+    state = shapes(config, num_actions)
+    columns = [jax.ShapeDtypeStruct((together.count,), dtype) for dtype in (jnp.int32, jnp.float32, bool, bool)]
+    frame = stacked(jax.ShapeDtypeStruct(config.world_model.autoencoder.image_shape, jnp.uint8))
+    if several:
+        lowered = together.lowered(_update_one, jax.tree.map(stacked, state), frame, *columns, donated=True)
+    else:
+        lowered = update.lower(state, frame, *columns)
+    memory = lowered.compile().memory_analysis()
+    if memory is None:
+        return None
+    states = memory.argument_size_in_bytes
+    return states, states + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def _act_one(state: Any, acting: Any, frame: jax.Array, key: jax.Array, step: int, first: jax.Array) -> Any:

@@ -87,6 +87,10 @@ class Together:
         run = _run_donated if donated else _run
         return functools.partial(run, function, self, shared)
 
+    def lowered(self, function: Callable[..., Any], *arguments: Any, donated: bool = False) -> jax.stages.Lowered:
+        """`program(function, donated=donated)` for arguments of these shapes, to be compiled."""
+        return (_run_donated if donated else _run).lower(function, self, (), *arguments)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Together) and self._identity == other._identity
 

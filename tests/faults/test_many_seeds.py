@@ -12,14 +12,16 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from micro import ARGUMENTS, ENVIRONMENT, Killed, compiled_fast, final, haunted, main, metrics, steps_saved
 
 import experiments.runs
 from drama_jax.config import ConfigError
-from drama_jax.training import arrays, checkpoint
-from experiments import atari100k, command_line, processes
+from drama_jax.training import arrays, checkpoint, programs
+from drama_jax.training.together import Together
+from experiments import atari100k, command_line, machine, processes
 from experiments.command_line import Distributed
 
 UPDATES = 200
@@ -108,6 +110,39 @@ def assert_same_ends(one: dict[int, pathlib.Path], other: dict[int, pathlib.Path
         for name, value in first.items():
             np.testing.assert_array_equal(value, second[name], err_msg=f"seed {seed}: {name}")
         assert metrics(one[seed]) == metrics(other[seed])
+
+
+def test_the_update_is_compiled_once_for_its_memory_and_for_the_loop(whole, caplog):
+    """The check asks for the program that the loop of `whole` has run, so JAX has it already."""
+    _, config = command_line.parse(ARGUMENTS, "x")
+    with jax.log_compiles():
+        states, at_once = programs.update_bytes(config.agent, 4, Together(2))
+    assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert states > 2 * sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.shapes(config.agent, 4).replay)
+    )
+    assert at_once > 1.5 * states
+
+
+@pytest.mark.parametrize(
+    ("free", "agents", "error"),
+    [
+        (400, 4, None),
+        (390, 4, "--seeds: 4 agents need 400 bytes of device memory, but 390 are free; at most 3 fit on one device"),
+        (219, 4, "at most 1 fit on one device"),
+        (90, 2, "at most 0 fit on one device"),
+        (90, 1, "--agent: an agent needs 130 bytes of device memory, but 90 are free; lower the batch sizes or"),
+    ],
+)
+def test_agents_whose_update_does_not_fit_are_refused_with_the_number_that_fits(monkeypatch, free, agents, error):
+    """Each takes 90 bytes, and all together another 40."""
+    monkeypatch.setattr(machine, "_BESIDES", 1.0)
+    monkeypatch.setattr(programs, "update_bytes", lambda _, __, together: (1, 40 + 90 * together.count))
+    stats = {"bytes_limit": free + 5, "bytes_in_use": 5}
+    expected = pytest.raises(ConfigError, match=error) if error else contextlib.nullcontext()
+    with expected:
+        machine.check_update(None, 4, Together(agents), stats)
+    machine.check_update(None, 4, Together(agents), None)
 
 
 @pytest.mark.parametrize("step", [8, 23])
