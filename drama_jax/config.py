@@ -16,6 +16,7 @@ from typing import Any, Literal
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float64"]
 Sampler = Literal["dfs", "uniform"]
 BackboneName = Literal["mamba2", "mamba", "gru", "transformer", "rwkv"]
+BehaviourName = Literal["actor_critic", "ppo"]
 _LARGEST = 2**31 - 1  # steps, slots and seeds are int32
 _MOST_LAYERS = 100  # each is compiled on its own
 
@@ -267,6 +268,15 @@ class WorldModelConfig:
         _require(self.batch_length >= 2, f"WorldModelConfig.batch_length must be at least 2, got {self.batch_length}")
         for name in ("free_bits", "representation_scale"):
             _require(getattr(self, name) >= 0, f"WorldModelConfig.{name} must be >= 0, got {getattr(self, name)}")
+        self.check_length("WorldModelConfig.batch_length", self.batch_length)
+
+    def check_length(self, name: str, steps: int) -> None:
+        """Raises a ConfigError if the backbone cannot take sequences of `steps` steps, as the field `name` wants."""
+        most = self.backbone.max_length
+        _require(
+            self.backbone.name != "transformer" or steps <= most,
+            f"{name} must be at most backbone.max_length = {most} for a transformer, got {steps}",
+        )
 
     @property
     def feature_size(self) -> int:
@@ -293,8 +303,10 @@ class ImaginationConfig:
 
 @dataclass(frozen=True)
 class BehaviourConfig:
-    """Actor-critic trained on imagined rollouts."""
+    """Actor and critic trained on imagined rollouts."""
 
+    name: BehaviourName = "actor_critic"
+    """How: one policy-gradient step on each batch of rollouts, or several clipped ones (`ppo`)."""
     actor_layers: int = 3
     actor_units: int = 256
     critic_layers: int = 3
@@ -308,11 +320,18 @@ class BehaviourConfig:
     return_percentiles: tuple[float, float] = (0.05, 0.95)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(max_grad_norm=100.0))
     compute_dtype: ComputeDtype = "auto"
+    epochs: int = 3
+    """Of `ppo`: passes over the rollouts per update."""
+    minibatch_size: int = 16_384
+    """Of `ppo`: imagined steps per gradient step."""
+    clip_ratio: float = 0.2
+    """Of `ppo`: how far the policy's probabilities may move from those sampled from, as a ratio, and still gain."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _positive(self, "actor_layers", "actor_units", "critic_layers", "critic_units")
-        _at_most(self, _MOST_LAYERS, "actor_layers", "critic_layers")
+        _positive(self, "epochs", "minibatch_size", "clip_ratio")
+        _at_most(self, _MOST_LAYERS, "actor_layers", "critic_layers", "epochs")
         _fraction(self, "discount", "lambda_", "slow_critic_decay", "return_scale_decay")
         _require(self.num_bins >= 3, f"BehaviourConfig.num_bins must be at least 3, got {self.num_bins}")
         _require(self.entropy_scale >= 0, f"BehaviourConfig.entropy_scale must be >= 0, got {self.entropy_scale}")
@@ -378,6 +397,8 @@ class AgentConfig:
                 f"AgentConfig.{name}: a batch of {batch} windows of {length} steps does not fit into {stored} stored "
                 f"steps ({max(starts, 0)} starts); lower the batch or raise warmup_steps to {batch + length - 2}",
             )
+        wm.check_length("AgentConfig.acting_context", self.acting_context)
+        wm.check_length("ImaginationConfig: context_length + horizon", im.context_length + im.horizon)
 
     def with_compute_dtype(self, dtype: ComputeDtype) -> AgentConfig:
         """The same configuration with both `compute_dtype` fields set."""
@@ -525,8 +546,24 @@ def _reference() -> RunConfig:
 
 PRESETS = {"tiny": _tiny, "xs": RunConfig, "s": _small, "reference": _reference}
 
+# By width: sizes with which the other backbones have the parameters of `mamba2`, to 5 %.
+_MATCHED: dict[int, dict[str, dict[str, int]]] = {
+    512: {
+        "mamba": {"chunk_size": 32},
+        "gru": {"mixer_width": 464},
+        "transformer": {"feedforward_width": 384},
+        "rwkv": {"mixer_width": 256, "feedforward_width": 576, "chunk_size": 16},
+    },
+    64: {
+        "mamba": {"state_dim": 4},
+        "gru": {"mixer_width": 62},
+        "transformer": {"feedforward_width": 64, "max_length": 16},
+        "rwkv": {"mixer_width": 32, "feedforward_width": 48},
+    },
+}
 
-def preset(name: str) -> RunConfig:
+
+def preset(name: str, backbone: BackboneName | None = None, behaviour: BehaviourName | None = None) -> RunConfig:
     """The configuration called `name`.
 
     * `xs`: the paper's 7 M-parameter model with the paper's equations (default).
@@ -534,9 +571,48 @@ def preset(name: str) -> RunConfig:
     * `s`: twice the autoencoder channels, the paper's remedy for lost small objects.
     * `tiny`: the same code at a size that a laptop CPU trains in minutes.
 
+    Args:
+      name: one of these.
+      backbone: another sequence model than `mamba2`, of a size with as many parameters, see `with_backbone`.
+      behaviour: another learner than `actor_critic`.
+
     Raises:
-      ConfigError: if there is no such preset.
+      ConfigError: if there is no such preset, backbone or behaviour.
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; accepted: {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    config = PRESETS[name]()
+    if backbone is not None:
+        config = with_backbone(config, backbone)
+    if behaviour is not None:
+        learner = dataclasses.replace(config.agent.behaviour, name=behaviour)
+        config = dataclasses.replace(config, agent=dataclasses.replace(config.agent, behaviour=learner))
+    return config
+
+
+def with_backbone(config: RunConfig, name: BackboneName) -> RunConfig:
+    """A preset with another sequence model than `mamba2`, of a size with as many parameters (to 5 %).
+
+    Where the preset does what the released code does, the transformer is the released variant instead, a third larger
+    than `mamba2`.
+
+    Raises:
+      ConfigError: if there is no such backbone, or no such size for the preset's width.
+    """
+    agent, model = config.agent, config.agent.world_model
+    old, fidelity, sizes = model.backbone, agent.fidelity, {}
+    if name == old.name:
+        return config
+    if name == "transformer" and not fidelity.reward_follows_action:
+        # The released code reads rewards one step early with Mamba, and not with the transformer (Q2).
+        fidelity = dataclasses.replace(fidelity, reward_follows_action=True)
+    elif old.name == "mamba2" and old.width in _MATCHED:
+        sizes = _MATCHED[old.width].get(name, {})
+    else:
+        raise ConfigError(
+            f"backbone: no size of {name!r} is known for a {old.name!r} of width {old.width}; accepted: a 'mamba2' of "
+            f"width {' or '.join(map(str, _MATCHED))}"
+        )
+    backbone = dataclasses.replace(old, name=name, **sizes)
+    world_model = dataclasses.replace(model, backbone=backbone)
+    return dataclasses.replace(config, agent=dataclasses.replace(agent, world_model=world_model, fidelity=fidelity))

@@ -10,12 +10,23 @@ import pathlib
 import re
 import shlex
 import sys
+import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import tyro
 
-from drama_jax.config import AgentConfig, AtariConfig, ConfigError, EvaluationConfig, LoggingConfig, RunConfig, preset
+from drama_jax.config import (
+    AgentConfig,
+    AtariConfig,
+    BackboneName,
+    BehaviourName,
+    ConfigError,
+    EvaluationConfig,
+    LoggingConfig,
+    RunConfig,
+    preset,
+)
 
 Parsed = TypeVar("Parsed")
 _MOST_AGENTS = 1024
@@ -50,6 +61,10 @@ class Options:
     """Emulator: EnvPool, or ale-py (python -m pip install -e '.[ale]')."""
     eval_episodes: int
     """Episodes played to their end after training; 0 skips the evaluation."""
+    backbone: BackboneName
+    """Sequence model, of mamba2's size."""
+    behaviour: BehaviourName
+    """How actor and critic learn."""
     sampler: Literal["dfs", "uniform"]
     """How the replay is sampled: dynamic frequency-based sampling, or uniformly."""
     compilation_cache: pathlib.Path | None
@@ -123,6 +138,13 @@ class Planned:
         values = "".join(f" {path.rpartition('/')[2]} {value:g}" for path, value in self.swept.items())
         return f"seed {self.config.seed}{values}"
 
+    @property
+    def same(self) -> dict[str, Any]:
+        """Fields of a run's configuration, by path, that make it a run of this agent."""
+        agent = self.config.agent
+        backbone, behaviour = agent.world_model.backbone.name, agent.behaviour.name
+        return {"agent/world_model/backbone/name": backbone, "agent/behaviour/name": behaviour} | self.swept
+
 
 @dataclasses.dataclass(frozen=True)
 class AllOptions(Options):
@@ -149,7 +171,11 @@ def parse(arguments: Sequence[str], program: str) -> tuple[AllOptions, RunConfig
       ConfigError: for any mistake in `arguments`, with one line that names the flag.
       SystemExit: with code 0 after --help or --help-all.
     """
-    base = preset(_chosen_preset(arguments))
+    base = preset(
+        _chosen(arguments, "preset", "xs", _PRESETS),
+        _chosen(arguments, "backbone", "mamba2", typing.get_args(BackboneName)),
+        _chosen(arguments, "behaviour", "actor_critic", typing.get_args(BehaviourName)),
+    )
     if "--help-all" in arguments:
         arguments = ["--help"]
     elif "--help" in arguments or "-h" in arguments:
@@ -213,16 +239,15 @@ def to_continue(arguments: Sequence[str], program: str, directory: pathlib.Path)
     return f"{program} {shlex.join([*kept, '--logdir', str(directory)])}"
 
 
-def _chosen_preset(arguments: Sequence[str]) -> str:
-    """The preset named on the command line, before anything else is parsed, because it decides all defaults."""
-    name = "xs"
+def _chosen(arguments: Sequence[str], flag: str, name: str, accepted: Sequence[str]) -> Any:
+    """What a flag is given, else `name`, before anything else is parsed, because it decides the others' defaults."""
     for index, argument in enumerate(arguments):
-        if argument == "--preset" and index + 1 < len(arguments):
+        if argument == f"--{flag}" and index + 1 < len(arguments):
             name = arguments[index + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
-    if name not in _PRESETS:
-        raise ConfigError(f"--preset: unknown preset {name!r}; accepted: {', '.join(_PRESETS)}")
+        elif argument.startswith(f"--{flag}="):
+            name = argument.removeprefix(f"--{flag}=")
+    if name not in accepted:
+        raise ConfigError(f"--{flag}: unknown {flag} {name!r}; accepted: {', '.join(accepted)}")
     return name
 
 
@@ -245,6 +270,8 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
         "logdir": pathlib.Path("runs"),
         "env_backend": base.atari.backend,
         "eval_episodes": base.evaluation.episodes,
+        "backbone": base.agent.world_model.backbone.name,
+        "behaviour": base.agent.behaviour.name,
         "sampler": base.agent.replay.sampler,
         "compilation_cache": cache,
         "resume": True,

@@ -16,7 +16,7 @@ from drama_jax.config import ConfigError, RunConfig
 from drama_jax.training import arrays, programs, replay_log, run_directory, scores
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
-from drama_jax.training.run_directory import CONFIG
+from drama_jax.training.run_directory import CONFIG, LATER
 
 _MAY_CHANGE = ("steps", "max_skipped_updates", "evaluation/", "logging/")
 _CUT = "metrics-cut.jsonl"
@@ -73,7 +73,7 @@ def runs(
 ) -> list[pathlib.Path]:
     """The directories of all runs of this game, preset and seed that have the values in `same`; see `find`."""
     paths = [path for path in logdir.glob(f"{game}/{preset}/seed{config.seed}-*") if is_run(path)]
-    return [path for path in paths if not same or same.items() <= _flat(read(path)["config"]).items()]
+    return [path for path in paths if not same or same.items() <= (LATER | _flat(read(path)["config"])).items()]
 
 
 def is_run(path: pathlib.Path) -> bool:
@@ -100,7 +100,7 @@ def check(directory: pathlib.Path, game: str, preset: str, config: RunConfig) ->
       ConfigError: a field differs that may not, or config.json cannot be read.
     """
     saved = read(directory)
-    before = _flat({"game": saved["game"], "preset": saved["preset"], **saved["config"]})
+    before = LATER | _flat({"game": saved["game"], "preset": saved["preset"], **saved["config"]})
     given = _flat({"game": game, "preset": preset, **dataclasses.asdict(config)})
     changed = {
         name: [before.get(name), given.get(name)]

@@ -33,6 +33,16 @@ from drama_jax.config import ConfigError, RunConfig
 from drama_jax.training import scores
 
 CONFIG = "config.json"
+LATER = {
+    "agent/world_model/backbone/mixer_width": 0,
+    "agent/world_model/backbone/feedforward_width": 0,
+    "agent/world_model/backbone/max_length": 128,
+    "agent/behaviour/name": "actor_critic",
+    "agent/behaviour/epochs": 3,
+    "agent/behaviour/minibatch_size": 16_384,
+    "agent/behaviour/clip_ratio": 0.2,
+}
+"""Fields that run directories of older versions lack, and what those versions did."""
 _PACKAGES = ("drama_jax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "orbax-checkpoint", "envpool", "ale-py")
 
 
@@ -135,11 +145,15 @@ def load_config(directory: pathlib.Path) -> tuple[str, RunConfig]:
 
 
 def _from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
-    """The inverse of `dataclasses.asdict` after a trip through JSON, where tuples have become lists."""
+    """The inverse of `dataclasses.asdict` after a trip through JSON, where tuples have become lists.
+
+    The fields in `LATER` may be missing.
+    """
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
     types = typing.get_type_hints(kind)
-    different = types.keys() ^ values.keys()
+    later = {path.rpartition("/")[2] for path in LATER} & types.keys()
+    different = (types.keys() ^ values.keys()) - (later - values.keys())
     if different:
         raise KeyError(f"{kind.__name__}: {', '.join(sorted(map(str, different)))}")
 

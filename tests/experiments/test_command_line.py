@@ -53,6 +53,15 @@ def test_plain_flags_reach_the_configuration():
     assert options.logdir == pathlib.Path("/tmp/x") and options.compilation_cache is None
 
 
+@pytest.mark.parametrize("name", ["tiny", "xs", "s", "reference"])
+def test_backbone_and_behaviour_decide_the_defaults_of_the_others(name):
+    _, config = parse(f"--game Pong --backbone transformer --preset {name} --behaviour=ppo")
+    assert config == preset(name, "transformer", "ppo") != preset(name)
+    assert config.agent.behaviour.name == "ppo" and config.agent.world_model.backbone.name == "transformer"
+    _, config = parse(f"--game Pong --preset {name} --backbone gru --agent.world-model.backbone.mixer-width 24")
+    assert (config.agent.world_model.backbone.name, config.agent.world_model.backbone.mixer_width) == ("gru", 24)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -63,6 +72,19 @@ def test_plain_flags_reach_the_configuration():
         ("--game Pong --steps many", "--steps"),
         ("--game Pong --seed -1", "--seed must lie in"),
         ("--game Pong --env-backend gym", "--env-backend must be one of 'envpool', 'ale', got 'gym'"),
+        (
+            "--game Pong --backbone lstm",
+            "--backbone: unknown backbone 'lstm'; accepted: mamba2, mamba, gru, transformer, ",
+        ),
+        ("--game Pong --behaviour sac", "--behaviour: unknown behaviour 'sac'; accepted: actor_critic, ppo"),
+        (
+            "--game Pong --backbone transformer --agent.imagination.horizon 200",
+            "context_length + horizon must be at most backbone.max_length = 128 for a transformer, got 208",
+        ),
+        (
+            "--game Pong --backbone rwkv --agent.world-model.backbone.head-dim 48",
+            "--agent.world-model.backbone.head-dim must divide mixer_width = 256, got 48",
+        ),
         ("--game Pong --sampler best", "--sampler must be one of 'dfs', 'uniform', got 'best'"),
         ("--game Pong --eval-episodes -1", "--eval-episodes must be >= 0, got -1"),
         ("--game Pong --agent.replay.tau -3", "--agent.replay.tau must be positive, got -3.0"),
@@ -100,6 +122,8 @@ def test_the_short_help_fits_on_a_screen(capsys):
         "--env-backend",
         "--eval-episodes",
         "--sampler",
+        "--backbone",
+        "--behaviour",
     ):
         assert flag in shown
     assert f"(default: {preset('tiny').steps})" in shown
