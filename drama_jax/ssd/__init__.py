@@ -60,9 +60,9 @@ __all__ = [
     "ssd_step",
 ]
 
-FASTER: dict[str, tuple[int, int]] = {}
-"""dtype of x -> the smallest and the largest T at which the kernels were measured to be faster than "chunked" on an
-H100, forward and backward. Empty until a whole update has been timed with them (benchmarks/README.md, SSD scan)."""
+FASTER: dict[str, tuple[int, int]] = {"bfloat16": (8192, 16)}
+"""dtype of x -> the largest T and the largest N for which the kernels were measured to be faster than "chunked" on an
+H100, forward and backward (benchmarks/README.md, SSD scan)."""
 Implementation = Literal["reference", "chunked", "pallas"]
 IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 
@@ -143,8 +143,8 @@ def default_implementation(x: jax.Array, B: jax.Array) -> Implementation:
 
     The kernels where they run and `FASTER` says that they were measured to be faster; "chunked" everywhere else.
     """
-    smallest, largest = FASTER.get(str(x.dtype), (1, 0))
-    measured = smallest <= x.shape[1] <= largest
+    longest, widest = FASTER.get(str(x.dtype), (0, 0))
+    measured = x.shape[1] <= longest and B.shape[3] <= widest
     return "pallas" if measured and fused.why_not(x, B, interpret=False) is None else "chunked"
 
 

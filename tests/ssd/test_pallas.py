@@ -173,11 +173,14 @@ def test_shapes_that_do_not_fit_are_refused(shape, message):
 def test_the_default_is_decided_in_one_place(monkeypatch):
     x, _, _, B, _ = small()
     assert default_implementation(x, B) == "chunked"
-    monkeypatch.setitem(ssd_module.FASTER, "float32", (8, 64))
+    monkeypatch.setitem(ssd_module.FASTER, "float32", (x.shape[1], B.shape[3]))
     assert default_implementation(x, B) == "chunked"  # faster elsewhere, but there is no GPU here
     monkeypatch.setattr(fused, "why_not", lambda *args, **options: None)
     assert default_implementation(x, B) == "pallas"
-    assert default_implementation(x[:, :4], B[:, :4]) == default_implementation(x.astype(jnp.bfloat16), B) == "chunked"
+    for wider, longer in ((1, 0), (0, 1)):
+        monkeypatch.setitem(ssd_module.FASTER, "float32", (x.shape[1] - longer, B.shape[3] - wider))
+        assert default_implementation(x, B) == "chunked"
+    assert default_implementation(x.astype(jnp.float16), B) == "chunked"
 
 
 def test_the_whole_backbone_honours_resets_through_the_kernels(monkeypatch):
