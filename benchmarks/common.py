@@ -27,6 +27,11 @@ def device_name() -> str:
     return str(jax.devices()[0].device_kind)
 
 
+def device_slug() -> str:
+    """The device's name in file names."""
+    return device_name().lower().replace(" ", "-")
+
+
 def median_ms(function: Callable[[], Any], repeats: int = 30, warmup: int = 3) -> float:
     """Median wall-clock milliseconds of `function`, which must return arrays; waits for the device every time."""
     for _ in range(warmup):
@@ -71,8 +76,7 @@ def write_result(
     }
     directory = directory or RESULTS
     directory.mkdir(parents=True, exist_ok=True)
-    name = device_name().lower().replace(" ", "-")
-    (directory / f"{benchmark}-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (directory / f"{benchmark}-{device_slug()}.json").write_text(json.dumps(result, indent=1) + "\n")
     if show:
         print(json.dumps(result, indent=1))
     return result

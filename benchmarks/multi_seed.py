@@ -1,12 +1,24 @@
 """Several seeds in one program: steps per second and memory against their number.
 
-    python -m benchmarks.multi_seed --preset xs --seeds 1 2 5 12
-    python -m benchmarks.multi_seed --picture benchmarks/results/multi_seed-xs-nvidia-h100-80gb-hbm3.json
+    python -m benchmarks.multi_seed                             presets xs and tiny on one GPU, every bar but the last
+    python -m benchmarks.multi_seed --presets tiny --seeds 1 16     some of it
+    python -m benchmarks.multi_seed --devices 2                 five seeds on one GPU, ten on two
+    python -m benchmarks.multi_seed --seconds 300               begins nothing new after five minutes
+    python -m benchmarks.multi_seed --picture                   draws the result files of this device (needs matplotlib)
 
 Times the whole update (world model, imagination, behaviour) of `training.together` on states full of random frames,
-queued as the training loop does. `ratio` is the time of a step of all seeds over that of one seed alone: at or under
-the number of seeds, it pays to run them together. `peak_bytes` is the device's peak so far, so the numbers of seeds go
-up; without it (on a CPU), `argument_bytes` and `temporary_bytes` are the compiler's.
+queued as the training loop does; the emulators are not part of it. It answers these bars, and prints each beside what
+was measured:
+
+* preset xs: a step of five seeds takes at most 5.0 times that of one (aim: 4);
+* preset xs: twelve seeds fit in 80 GB, replays of full size included;
+* preset tiny: a step of sixteen seeds takes at most 3.0 times that of one;
+* two GPUs of a host train at least 1.9 times the seeds per hour of one, each with as many seeds as the one.
+
+`ratio` is the time of a step of all seeds over that of one seed alone: at or under the number of seeds, it pays to run
+them together. `peak_bytes` is the largest of the devices' peaks so far, so the numbers of seeds go up;
+`compiled_bytes` is the compiler's own count per device, on a CPU the only one. The result file is written anew after
+every number of seeds, so that a run which is cut off has lost nothing but the one under way.
 """
 
 from __future__ import annotations
@@ -16,6 +28,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +40,19 @@ from drama_jax import agent, replay
 from drama_jax.config import PRESETS, AgentConfig, preset
 from drama_jax.training.together import Together
 
+SEEDS = {"xs": [1, 2, 5, 12], "tiny": [1, 4, 16]}
+OTHER_SEEDS = [1, 2, 5]
+RATIO_BARS = {("xs", 5): 5.0, ("tiny", 16): 3.0}
+MEMORY_BARS = {("xs", 12): 80e9}
+DEVICES_BAR = 1.9
+"""For two of them."""
+_FIRST = 3
+"""Updates from which the time of the others is foreseen."""
+Row = dict[str, Any]
 
-def measure(config: AgentConfig, seeds: int, stored: int, repeats: int, devices: int) -> dict[str, Any]:
-    """The row of `seeds` seeds."""
+
+def measure(config: AgentConfig, seeds: int, devices: int, stored: int, repeats: int, until: float) -> Row:
+    """The row of `seeds` seeds on `devices` devices; timed for `repeats` steps, or for fewer where the time is up."""
     together = Together(seeds, jax.local_devices()[:devices])
     states = []
     for index in range(seeds):
@@ -58,40 +81,122 @@ def measure(config: AgentConfig, seeds: int, stored: int, repeats: int, devices:
         holder[0], metrics = compiled(holder[0], *rows, *flags)
         return metrics
 
-    ms = common.queued_ms(call, repeats)
+    ms, timed = _queued_ms(call, repeats, until)
+    peaks = [stats["peak_bytes_in_use"] for device in together.devices if (stats := device.memory_stats())]
     memory = compiled.memory_analysis()
     return {
-        "name": f"{seeds} seeds",
+        "name": f"{seeds} seeds on {devices} devices",
         "seeds": seeds,
-        "devices": len(together.devices),
+        "devices": devices,
         "queued_ms": ms,
+        "repeats": timed,
         "steps_per_s": 1e3 * seeds / ms,
         "compile_s": compile_s,
-        "peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        "argument_bytes": getattr(memory, "argument_size_in_bytes", None),
-        "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+        "peak_bytes": max(peaks, default=None),
+        "compiled_bytes": memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
     }
 
 
-def draw(path: pathlib.Path) -> pathlib.Path:
-    """A picture of a result file, beside it."""
+def _queued_ms(call: Callable[[], Any], repeats: int, until: float) -> tuple[float, int]:
+    """Mean milliseconds of queued calls, and of how many: fewer than `repeats` if they would end after `until`."""
+    jax.block_until_ready(call())
+    first = common.queued_ms(call, _FIRST, warmup=0)
+    repeats = int(min(repeats, 1e3 * (until - time.monotonic()) / first))
+    if repeats <= _FIRST:
+        return first, _FIRST
+    return common.queued_ms(call, repeats, warmup=0), repeats
+
+
+def cases(seeds: Sequence[int], devices: int) -> list[tuple[int, int]]:
+    """(seeds, devices) to measure: on several devices, as many seeds on each as on one."""
+    if devices == 1:
+        return [(count, 1) for count in sorted(seeds)]
+    return [(count * number, number) for count in sorted(seeds) for number in (1, devices)]
+
+
+def run(arguments: argparse.Namespace, name: str, until: float) -> None:
+    """All cases of one preset, with a result file that grows."""
+    benchmark = f"multi_seed-{name}" if arguments.devices == 1 else f"multi_device-{name}"
+    default = SEEDS.get(name, OTHER_SEEDS) if arguments.devices == 1 else [5]
+    rows: list[Row] = []
+    for seeds, devices in cases(arguments.seeds or default, arguments.devices):
+        if time.monotonic() > until:
+            print(f"{benchmark}: no time left for {seeds} seeds on {devices} devices", flush=True)
+            break
+        try:
+            row = measure(preset(name).agent, seeds, devices, arguments.stored, arguments.repeats, until)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{benchmark}: {seeds} seeds on {devices} devices do not fit", flush=True)
+            break
+        row["preset"] = name
+        rows.append(row)
+        alone = next((one for one in rows if one["seeds"] == 1), None)
+        row["ratio"] = row["queued_ms"] / alone["queued_ms"] if alone else None
+        print(json.dumps(row), flush=True)
+        common.write_result(benchmark, rows, arguments.out, show=False)
+    for line in answers(name, rows):
+        print(line, flush=True)
+
+
+def answers(name: str, rows: Sequence[Row]) -> list[str]:
+    """A line for every bar that the rows of a preset answer: bar and measured."""
+    lines = []
+    for row in rows:
+        ratio, fits = RATIO_BARS.get((name, row["seeds"])), MEMORY_BARS.get((name, row["seeds"]))
+        if row["devices"] == 1 and ratio and row["ratio"]:
+            what = f"{name}, {row['seeds']} seeds: times one seed's step"
+            lines.append(_answer(what, f"<= {ratio}", f"{row['ratio']:.2f}", row["ratio"] <= ratio))
+        if row["devices"] == 1 and fits:
+            size, source = (row["peak_bytes"], "peak") if row["peak_bytes"] else (row["compiled_bytes"], "compiled")
+            what = f"{name}, {row['seeds']} seeds: GB of memory, {source}"
+            lines.append(_answer(what, f"<= {fits / 1e9:.0f}", f"{size / 1e9:.1f}", size <= fits))
+    for row, times in speedups(rows):
+        what = f"{name}, {row['seeds']} seeds: times the steps/s of one device with {row['seeds'] // row['devices']}"
+        if row["devices"] == 2:
+            lines.append(_answer(what, f">= {DEVICES_BAR}", f"{times:.2f}", times >= DEVICES_BAR))
+        else:
+            lines.append(f"{what}: {times:.2f} on {row['devices']} devices")
+    return lines
+
+
+def speedups(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """Rows of several devices, with their steps/s over those of one device with as many seeds as each of them has."""
+    one = {row["seeds"]: row["steps_per_s"] for row in rows if row["devices"] == 1}
+    several = [row for row in rows if row["devices"] > 1 and row["seeds"] // row["devices"] in one]
+    return [(row, row["steps_per_s"] / one[row["seeds"] // row["devices"]]) for row in several]
+
+
+def _answer(what: str, bar: str, measured: str, met: bool) -> str:
+    return f"{what}: bar {bar}, measured {measured}: {'met' if met else 'NOT MET'}"
+
+
+def draw(directory: pathlib.Path, device: str) -> pathlib.Path:
+    """One picture of the device's result files, both presets, beside them."""
     from matplotlib.figure import Figure
 
-    result = json.loads(path.read_text())
-    rows = result["rows"]
-    seeds = [row["seeds"] for row in rows]
-    picture = Figure(figsize=(8, 3), layout="constrained")
-    speed, memory = picture.subplots(1, 2)
-    speed.plot(seeds, [row["steps_per_s"] for row in rows], "o-")
-    speed.set_ylabel("steps per second, all seeds")
-    sizes = [row["peak_bytes"] or row["argument_bytes"] + row["temporary_bytes"] for row in rows]
-    memory.plot(seeds, [size / 1e9 for size in sizes], "o-")
-    memory.set_ylabel("memory, GB")
-    for axis in (speed, memory):
-        axis.set_xlabel("seeds")
-        axis.set_ylim(bottom=0)
-    picture.suptitle(f"{result['benchmark']}, {result['device']}")
-    target = path.with_suffix(".png")
+    results = {name: directory / f"multi_seed-{name}-{device}.json" for name in PRESETS}
+    found = {name: json.loads(path.read_text()) for name, path in results.items() if path.exists()}
+    if not found:
+        raise SystemExit(f"error: {directory} has no multi_seed-*-{device}.json; run python -m benchmarks.multi_seed")
+    picture = Figure(figsize=(9, 3 * len(found)), layout="constrained")
+    for (name, result), (speed, memory) in zip(found.items(), picture.subplots(len(found), 2, squeeze=False)):
+        rows = result["rows"]
+        seeds = [row["seeds"] for row in rows]
+        speed.plot(seeds, [row["steps_per_s"] for row in rows], "o-", label="in one program")
+        speed.axhline(rows[0]["steps_per_s"], linestyle=":", label=f"{seeds[0]} alone")
+        memory.plot(seeds, [(row["peak_bytes"] or row["compiled_bytes"]) / 1e9 for row in rows], "o-")
+        speed.set(xlabel="seeds", ylabel="steps per second, all seeds", title=name)
+        memory.set(xlabel="seeds", ylabel="memory, GB", title=name)
+        speed.legend()
+        for axis in (speed, memory):
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    picture.suptitle(next(iter(found.values()))["device"])
+    target = directory / f"multi_seed-{device}.png"
     picture.savefig(target, dpi=110)
     return target
 
@@ -99,24 +204,25 @@ def draw(path: pathlib.Path) -> pathlib.Path:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default="xs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 5, 12])
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--presets", choices=list(PRESETS), nargs="+", default=["xs", "tiny"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="on one device each; 1 first, for the ratio")
+    parser.add_argument("--devices", type=int, default=1, help="above 1: this many against one")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so long")
     parser.add_argument("--stored", type=int, default=20_000, help="steps in each replay")
-    parser.add_argument("--out", type=pathlib.Path, default=None, help="directory of the result file")
-    parser.add_argument("--picture", type=pathlib.Path, default=None, help="only draw this result file")
+    parser.add_argument("--out", type=pathlib.Path, default=common.RESULTS, help="directory of the result files")
+    parser.add_argument("--picture", action="store_true", help="only draw the result files")
+    parser.add_argument("--device", default=None, help="whose result files to draw, as in their names; this one's")
     arguments = parser.parse_args()
-    if arguments.picture is not None:
-        print(draw(arguments.picture))
+    if arguments.picture:
+        print(draw(arguments.out, arguments.device or common.device_slug()))
         return
-    rows: list[dict[str, Any]] = []
-    for seeds in arguments.seeds:
-        row = measure(preset(arguments.preset).agent, seeds, arguments.stored, arguments.repeats, arguments.devices)
-        row["ratio"] = row["queued_ms"] / rows[0]["queued_ms"] if rows else 1.0
-        rows.append(row)
-        print(row, flush=True)
-    common.write_result(f"multi_seed-{arguments.preset}", rows, arguments.out)
+    if not 1 <= arguments.devices <= len(jax.local_devices()):
+        raise SystemExit(f"error: --devices {arguments.devices}: there are {len(jax.local_devices())} here")
+    until = time.monotonic() + arguments.seconds
+    # The larger of two presets would hide the peak of the smaller one.
+    for name in sorted(arguments.presets, key=lambda one: one != "tiny"):
+        run(arguments, name, until)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m benchmarks.tables
 
-Each table stands between two comments that name it. A test checks that the README is what this script makes of it.
+Each table stands between two comments that name it. A test checks that the README is what this script makes of it. A
+table without result files says that it has not been measured.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, multi_seed
 
 README = pathlib.Path(__file__).parent / "README.md"
 CARD = "nvidia-h100-80gb-hbm3"
+OTHER_CARD = "nvidia-h200"
+"""For what was not measured on the first."""
 Rows = list[dict[str, Any]]
 BARS = {"world_model_update": 8, "imagination_behaviour_update": 7, "act": 0.8, "environment_step": 15}
+SSD_BARS = {"drama_train": (0.026, 0.139), "drama_1k": (0.096, 0.497), "drama_8k": (0.195, 0.958)}
+"""Forward, forward and backward; bfloat16."""
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -145,25 +150,106 @@ def reproducibility(rows: Rows) -> str:
     )
 
 
+def scans(rows: Rows) -> str:
+    """Times and memory of the SSD scan, by shape, dtype and implementation."""
+    body = []
+    for row in (row for row in rows if row["name"] not in ("sweep", "exponent")):
+        bars = SSD_BARS.get(row["name"]) if row["dtype"] == "bfloat16" and row["implementation"] == "pallas" else None
+        cells = [row["name"], row["dtype"], row["implementation"]]
+        for direction, bar in zip(("forward", "forward_backward"), bars or (None, None)):
+            cells += [number(row[f"{direction}_ms"], 3), number(bar, 3), number(row.get(f"{direction}_ratio"), 1)]
+        body.append([*cells, number(row["peak_bytes"] / 1e6, 1)])
+    head = ["shape", "dtype", "implementation", "forward, ms", "bar", "over floor"]
+    return table([*head, "forward and backward, ms", "bar", "over floor", "memory, MB"], body)
+
+
+def lengths(rows: Rows) -> str:
+    """Milliseconds against T at fixed B, and the exponents fitted beyond 4,096 steps."""
+    points = [row for row in rows if row["name"] == "sweep"]
+    names = list(dict.fromkeys(row["implementation"] for row in points))
+    cells = {(row["T"], row["implementation"]): row for row in points}
+    keys = [(name, key) for name in names for key in ("forward_ms", "forward_backward_ms")]
+    body = [
+        [f"{steps:,}", *(number(cells.get((steps, name), {}).get(key), 3) for name, key in keys)]
+        for steps in sorted({row["T"] for row in points})
+    ]
+    fits = {row["implementation"]: row for row in rows if row["name"] == "exponent"}
+    if not points:
+        return ""
+    fitted = [number(fits.get(name, {}).get(key.replace("ms", "exponent"))) for name, key in keys]
+    titles = {"forward_ms": "forward", "forward_backward_ms": "and backward"}
+    return table(["T", *(f"{name}, {titles[key]}" for name, key in keys)], [*body, ["exponent", *fitted]])
+
+
+def seeds(*files: Rows) -> str:
+    """Many seeds in one program, of every preset that was measured, and what bars they answer."""
+    head = ["preset", "seeds", "step of all, ms", "times one seed's", "bar", "steps/s, all seeds", "GB", "bar"]
+    body = []
+    for row in (row for rows in files for row in rows):
+        case = row["preset"], row["seeds"]
+        at_most, fits = multi_seed.RATIO_BARS.get(case), multi_seed.MEMORY_BARS.get(case)
+        cells = [row["preset"], str(row["seeds"]), number(row["queued_ms"]), number(row["ratio"]), number(at_most, 1)]
+        size, most = (row["peak_bytes"] or row["compiled_bytes"]) / 1e9, None if fits is None else fits / 1e9
+        body.append([*cells, number(row["steps_per_s"], 1), number(size, 1), number(most, 0)])
+    return table(head, body)
+
+
+def devices(rows: Rows) -> str:
+    """As many seeds on each of several devices as on one."""
+    times = {row["name"]: value for row, value in multi_seed.speedups(rows)}
+    body = [
+        [
+            str(row["devices"]),
+            str(row["seeds"]),
+            number(row["queued_ms"]),
+            number(row["steps_per_s"], 1),
+            number(times.get(row["name"])),
+            number(multi_seed.DEVICES_BAR if row["devices"] == 2 else None, 1),
+        ]
+        for row in rows
+    ]
+    return table(["devices", "seeds", "step of all, ms", "steps/s, all seeds", "times one device's", "bar"], body)
+
+
 TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "update_step": (stages, [f"update_step-{CARD}"]),
     "profile_step": (profile, [f"profile_step-{CARD}"]),
     "autoencoder": (implementations, [f"autoencoder-{CARD}"]),
     "imagination": (parts, [f"imagination-{CARD}"]),
+    "ssd": (scans, [f"ssd-{CARD}"]),
+    "ssd_lengths": (lengths, [f"ssd-{CARD}"]),
     "train_loop": (loops, [f"train_loop_cold-xs-{CARD}", f"train_loop_warm-xs-{CARD}"]),
     "precision": (bands, [f"precision-{CARD}"]),
     "checkpoint": (checkpoints, ["checkpoint-cpu"]),
     "reproducibility": (reproducibility, [f"reproducibility-xs-{CARD}"]),
+    "multi_seed": (seeds, [f"multi_seed-{preset}-{CARD}" for preset in multi_seed.SEEDS]),
+    "multi_device": (devices, [f"multi_device-xs-{CARD}"]),
 }
+
+
+def result_file(name: str) -> pathlib.Path | None:
+    """Where the result of that name is, of either card; None if it was not measured."""
+    paths = [common.RESULTS / f"{one}.json" for one in (name, name.replace(CARD, OTHER_CARD))]
+    return next((path for path in paths if path.exists()), None)
+
+
+def filled(name: str) -> str:
+    """What stands between a table's comments."""
+    function, files = TABLES[name]
+    paths = [path for path in map(result_file, files) if path is not None]
+    results = [json.loads(path.read_text()) for path in paths]
+    made = function(*(result["rows"] for result in results)) if results else ""
+    if made.count("\n") < 2:  # no rows
+        return "Not measured yet."
+    first = results[0]
+    card = f", {first['device']}" if OTHER_CARD in paths[0].name else ""
+    return f"{made}\n\nMeasured at `{first['commit']}`{card}."
 
 
 def rewritten(text: str) -> str:
     """The README with every table made anew."""
-    for name, (function, files) in TABLES.items():
-        results = [json.loads((common.RESULTS / f"{file}.json").read_text()) for file in files]
-        made = function(*(result["rows"] for result in results))
-        source = ", ".join(f"`{result['commit']}`" for result in results[:1])
-        body = f"<!-- {name} -->\n{made}\n\nMeasured at {source}.\n<!-- end -->"
+    for name in TABLES:
+        body = f"<!-- {name} -->\n{filled(name)}\n<!-- end -->"
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
         text = pattern.sub(body.replace("\\", r"\\"), text)
     return text

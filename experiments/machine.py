@@ -81,9 +81,10 @@ def _too_many(agents: int, needed: int, where: str, free: int, fit: int) -> Conf
             f"--agent: an agent needs {needed:,} bytes of {where}, but {free:,} are free; lower the batch sizes or "
             f"--agent.replay.capacity"
         )
+    share = "; XLA_PYTHON_CLIENT_MEM_FRACTION is the share that JAX may have" if where == "device memory" else ""
     return ConfigError(
         f"--seeds: {agents} agents need {needed:,} bytes of {where}, but {free:,} are free; at most {fit} fit on one "
-        f"device"
+        f"device{share}"
     )
 
 

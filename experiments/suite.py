@@ -33,6 +33,7 @@ from experiments.suite_worker import PROGRAM
 _OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory on this machine; nothing large goes through it."""
 _LOOK_EVERY_S = 0.5
+_TOKEN_HINT = "; if the cluster asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file"
 _MEMORY = 0.9
 """Share of a GPU's memory that the tasks on it take together."""
 
@@ -219,9 +220,10 @@ def _connect(ray: Any, suite: Options) -> None:
             places = [*drama_jax.__path__, str(pathlib.Path(__file__).parent)]
             code = [str(pathlib.Path(place).absolute()) for place in places]
             ray.init(suite.ray_address, runtime_env={"py_modules": code}, **quiet)
-    except (ConnectionError, ValueError, OSError, RuntimeError) as error:
+    except (ConnectionError, ValueError, OSError, RuntimeError, ray.exceptions.RayError) as error:
         where = "Ray could not start" if suite.ray_address is None else f"--ray-address {suite.ray_address}"
-        raise ConfigError(f"{where}: {' '.join(str(error).split())[:200]}") from error
+        hint = "" if suite.ray_address is None else _TOKEN_HINT
+        raise ConfigError(f"{where}: {' '.join(str(error).split())[:200]}{hint}") from error
 
 
 def _schedule(ray: Any, suite: Options, tasks: Sequence[Task], stop: Callable[[], bool]) -> list[str]:

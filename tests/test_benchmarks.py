@@ -2,7 +2,7 @@
 
 import jax
 
-from benchmarks import floors, tables
+from benchmarks import floors, multi_seed, tables
 from drama_jax import agent
 from drama_jax.config import AutoencoderConfig, preset
 
@@ -17,6 +17,56 @@ def test_the_tables_of_the_readme_are_those_of_the_result_files():
 def test_a_changed_result_changes_the_table():
     row = {"name": "act", "median_ms": 1.0, "queued_ms": 2.0, "floor_ms": 0.5, "ratio": 2.0}
     assert "| act | 1.00 | 2.00 | 0.50 | 2.0 | 0.8 |" in tables.stages([row])
+
+
+def seeds_row(preset: str, seeds: int, ms: float, ratio: float, gigabytes: float, devices: int = 1) -> dict:
+    sizes = {"peak_bytes": gigabytes * 1e9, "compiled_bytes": 1}
+    speed = {"queued_ms": ms, "steps_per_s": 1e3 * seeds / ms, "ratio": ratio}
+    return {"name": f"{seeds} on {devices}", "preset": preset, "seeds": seeds, "devices": devices, **sizes, **speed}
+
+
+def test_many_seeds_are_held_against_their_bars():
+    rows = [seeds_row("xs", 1, 20, 1, 4), seeds_row("xs", 5, 90, 4.5, 20), seeds_row("xs", 12, 240, 12, 90.5)]
+    assert multi_seed.answers("xs", rows) == [
+        "xs, 5 seeds: times one seed's step: bar <= 5.0, measured 4.50: met",
+        "xs, 12 seeds: GB of memory, peak: bar <= 80, measured 90.5: NOT MET",
+    ]
+    tiny = [seeds_row("tiny", 1, 4, 1, 0.1), seeds_row("tiny", 16, 16, 4, 1)]
+    assert multi_seed.answers("tiny", tiny) == [
+        "tiny, 16 seeds: times one seed's step: bar <= 3.0, measured 4.00: NOT MET"
+    ]
+    table = tables.seeds(rows, tiny)
+    assert "| xs | 5 | 90.00 | 4.50 | 5.0 | 55.6 | 20.0 | - |" in table
+    assert "| xs | 12 | 240.00 | 12.00 | - | 50.0 | 90.5 | 80 |" in table
+    assert "| tiny | 16 | 16.00 | 4.00 | 3.0 | 1000.0 | 1.0 | - |" in table
+
+
+def test_two_devices_are_held_against_one():
+    assert multi_seed.cases([5], 2) == [(5, 1), (10, 2)]
+    rows = [seeds_row("xs", 5, 100, 5, 20), seeds_row("xs", 10, 104, 5.2, 20, devices=2)]
+    (line,) = multi_seed.answers("xs", [*rows[1:], rows[0] | {"ratio": None}])
+    assert line == "xs, 10 seeds: times the steps/s of one device with 5: bar >= 1.9, measured 1.92: met"
+    assert "| 2 | 10 | 104.00 | 96.2 | 1.92 | 1.9 |" in tables.devices(rows)
+
+
+def test_scans_are_told_by_shape_and_by_length():
+    times = {"forward_ms": 0.03, "forward_ratio": 2.0, "forward_backward_ms": 0.1, "forward_backward_ratio": 3.0}
+    case = {"name": "drama_train", "dtype": "bfloat16", "implementation": "pallas", "peak_bytes": 2e6, **times}
+    points = [{"name": "sweep", "implementation": name, "T": 128, **times} for name in ("attention", "pallas")]
+    fit = {"name": "exponent", "implementation": "pallas", "forward_exponent": 1.0, "forward_backward_exponent": None}
+    rows = [case, *points, fit]
+    assert tables.scans(rows).splitlines()[2:] == [
+        "| drama_train | bfloat16 | pallas | 0.030 | 0.026 | 2.0 | 0.100 | 0.139 | 3.0 | 2.0 |"
+    ]
+    assert tables.lengths(rows).splitlines()[2:] == [
+        "| 128 | 0.030 | 0.100 | 0.030 | 0.100 |",
+        "| exponent | - | - | 1.00 | - |",
+    ]
+
+
+def test_a_table_without_results_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables.common, "RESULTS", tmp_path)
+    assert {tables.filled(name) for name in tables.TABLES} == {"Not measured yet."}
 
 
 def test_encoder_work_is_that_of_its_layers():
