@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "faults"))
 from micro import ARGUMENTS, ENVIRONMENT, assert_same, steps_saved
 
+from drama_jax.config import ConfigError
 from drama_jax.training import run_directory
 from experiments import suite, suite_worker
 from experiments.suite_progress import Progress, Task
@@ -186,6 +188,23 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, message
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_that_refuses_is_one_line_that_says_how_to_give_a_token():
+    class RayError(Exception):
+        pass
+
+    def init(*_, **__):
+        raise RayError("token is\nmissing")
+
+    ray = types.SimpleNamespace(init=init, exceptions=types.SimpleNamespace(RayError=RayError))
+    with pytest.raises(ConfigError) as caught:
+        suite._connect(ray, suite.Options(ray_address="host:1"))
+    message = str(caught.value)
+    assert message.startswith("--ray-address host:1: token is missing; if the cluster asks for a token, set RAY_AUTH_")
+    assert "\n" not in message
+    with pytest.raises(ConfigError, match="^Ray could not start: token is missing$"):
+        suite._connect(ray, suite.Options())
 
 
 def test_arguments_go_where_they_belong():
