@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except jax.errors.JaxRuntimeError:
         time.sleep(0 if index else 1)  # the others need process 0 until they have found the same
         os._exit(_DISAGREED)  # without a farewell, which they would miss
-    place = Place(index, jax.process_count(), str(getattr(jax.config, "jax_cuda_visible_devices", "all")))
+    place = Place(index, jax.process_count(), str(jax.config.read("jax_cuda_visible_devices")))
     jax.distributed.shutdown()
     print(json.dumps(dataclasses.asdict(place)), flush=True)
 

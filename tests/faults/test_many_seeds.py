@@ -309,6 +309,13 @@ def test_processes_that_do_not_meet_say_so_in_a_line():
         processes.meet(wanted, "a command")
 
 
+def test_a_cluster_says_which_process_and_which_device_it_is(monkeypatch):
+    slurm = {"JOB_ID": 4242, "STEP_NODELIST": "localhost", "NTASKS": 1, "PROCID": 0, "LOCALID": 3}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert processes.meet(Distributed("auto", timeout=60), "a command") == processes.Place(0, 1, "3")
+
+
 @pytest.mark.parametrize("done", [{0}, {1}, {0, 1}])
 def test_a_process_leaves_its_finished_agents_alone(tmp_path, monkeypatch, done):
     """Whatever the others' are: if all were begun anew, it would depend on who looks first."""
