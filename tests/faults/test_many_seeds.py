@@ -322,7 +322,7 @@ def test_a_process_leaves_its_finished_agents_alone(tmp_path, monkeypatch, done)
     flags = ["--seeds", "2", "--distributed.coordinator", "localhost:1", "--distributed.processes", "2"]
     options, config = command_line.parse([*ARGUMENTS, *flags, "--distributed.process", "0"], "x")
     planned = command_line.plan(options, config)
-    monkeypatch.setattr(experiments.runs, "finished", lambda _, __, one: one.config.seed in done)
+    monkeypatch.setattr(experiments.runs, "finished", lambda _, __, one: tmp_path if one.config.seed in done else None)
     with contextlib.ExitStack() as stack:
         options = dataclasses.replace(options, logdir=tmp_path)
         found = experiments.runs.prepare(options, "Breakout", planned, stack)
