@@ -12,6 +12,7 @@ Shapes: E environments, B batch, T time, L horizon, S latent size, D backbone wi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from drama_jax.agent_state import (
     resolve,
     sample_latent,
 )
-from drama_jax.behaviour import actor_critic, normalisers
+from drama_jax.behaviour import actor_critic, normalisers, ppo
 from drama_jax.latents import sample_posterior, sample_prior
 from drama_jax.precision import at_least_float32
 from drama_jax.replay import Batch, Replay, Transition
@@ -135,7 +136,7 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
 
 
 def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
-    """One actor-critic update on rollouts imagined from the replay (paper algorithm 1, lines on behaviour learning).
+    """One update of actor and critic on rollouts imagined from the replay (paper algorithm 1, lines on behaviour learning).
 
     An update whose loss or gradient is not finite is skipped and counted, see `drama_jax.guard`.
     """
@@ -144,7 +145,11 @@ def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
     key, sample_key, imagine_key = jax.random.split(state.key, 3)
     starts, memory = sample_contexts(state, sample_key)
     imagined, normaliser = imagine(state, replay.gather(memory, starts, im.context_length), imagine_key)
-    behaviour, metrics = actor_critic.update(
+    learn: Any = actor_critic.update
+    if config.behaviour.name == "ppo":
+        key, shuffle_key = jax.random.split(key)
+        learn = functools.partial(ppo.update, key=shuffle_key)
+    behaviour, metrics = learn(
         config.behaviour,
         config.fidelity,
         dataclasses.replace(state.behaviour, normaliser=normaliser),

@@ -99,6 +99,8 @@ class Fidelity:
     """The actor's input statistics move in behaviour training only; the released code moves them at every call."""
     first_action_from_policy: bool = True
     """The policy chooses an episode's first action too; in the released code it is uniformly random."""
+    gradient_through_clip: bool = True
+    """PPO's clip passes the gradient where it does not bind; the released code cuts it off and keeps half of it."""
 
     def __post_init__(self) -> None:
         _check_types(self)

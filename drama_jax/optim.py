@@ -163,10 +163,15 @@ def make_optimizer(
     """
     checks.instances("make_optimizer", config=(config, OptimizerConfig))
     rate = config.learning_rate if learning_rate is None else learning_rate
+    return with_schedule(config, warmup(rate, config.warmup_updates))
+
+
+def with_schedule(config: OptimizerConfig, learning_rate: LearningRate) -> optax.GradientTransformation:
+    """`make_optimizer` with a learning rate of one's own, whatever `config` says of it and of warm-up."""
     return optax.flatten(
         optax.chain(
             clip_by_global_norm(config.max_grad_norm),
-            laprop(warmup(rate, config.warmup_updates), config.b1, config.b2, config.eps, config.weight_decay),
+            laprop(learning_rate, config.b1, config.b2, config.eps, config.weight_decay),
         )
     )
 

@@ -142,7 +142,7 @@ def loss(
 
     Args:
       config: sizes and coefficients.
-      fidelity: `bootstrap_next_value` and `weight_by_survival` are read here.
+      fidelity: `bootstrap_next_value` and `weight_by_survival`, see `targets`.
       params: what the loss is differentiated by; takes the place of `state.params`.
       state: slow critic, input statistics (moved by this batch already) and return scale (not yet moved).
       features: [B, L+1, F], the last column only to bootstrap from.
@@ -154,30 +154,18 @@ def loss(
     Returns:
       (loss [], its terms).
     """
-    _check_rollouts("behaviour.loss", config, fidelity, state, features, actions, rewards, terminations)
+    check_rollouts("behaviour.loss", config, fidelity, state, features, actions, rewards, terminations)
     # The networks see rows; taken time-major, as the rollout leaves them in memory, no row has to move.
     logits = policy_logits(config, params, state.normaliser, features[:, :-1])
     raw_values = value_logits(config, params["critic"], features)
     values = distributions.two_hot_decode(jax.lax.stop_gradient(raw_values))
     slow_values = distributions.two_hot_decode(value_logits(config, state.slow_critic, features))
 
-    rewards = rewards.astype(values.dtype)
-    continues = 1 - terminations.astype(values.dtype)
-    # Online and slow critic side by side: one scan for both returns.
-    returns, slow_returns = lambda_returns(
-        jnp.stack([rewards] * 2),
-        jnp.stack([values, slow_values]),
-        jnp.stack([continues] * 2),
-        config.discount,
-        config.lambda_,
-        bootstrap_next_value=fidelity.bootstrap_next_value,
-    )
+    returns, slow_returns, weights = targets(config, fidelity, values, slow_values, rewards, terminations)
     scale = normalisers.update_return_scale(config, state.return_scale, returns)
     advantages = (returns - values[:, :-1]) / jnp.maximum(1.0, scale.spread)
 
-    weights = survival(continues) if fidelity.weight_by_survival else jnp.ones_like(continues)
-    chosen = jax.nn.one_hot(actions, logits.shape[-1], dtype=logits.dtype)
-    log_probs = jnp.sum(jax.nn.log_softmax(logits) * chosen, axis=-1)
+    log_probs = action_log_probs(logits, actions)
     terms = LossTerms(
         policy_loss=-jnp.mean(weights * log_probs * advantages),
         value_loss=jnp.mean(weights * distributions.two_hot_loss(raw_values[:, :-1], returns)),
@@ -192,6 +180,47 @@ def loss(
     )
     bonus = jnp.asarray(config.entropy_scale if entropy_scale is None else entropy_scale, logits.dtype)
     return terms.policy_loss + terms.value_loss + terms.slow_value_loss - bonus * terms.entropy, terms
+
+
+def targets(
+    config: BehaviourConfig,
+    fidelity: Fidelity,
+    values: jax.Array,
+    slow_values: jax.Array,
+    rewards: jax.Array,
+    terminations: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the critic learns, and how much each step counts.
+
+    Args:
+      config: discount and lambda.
+      fidelity: `bootstrap_next_value` and `weight_by_survival` are read here.
+      values, slow_values: [B, L+1], of the critic and the slow critic.
+      rewards: [B, L].
+      terminations: [B, L] bool.
+
+    Returns:
+      Lambda-returns by either critic [B, L], and weights [B, L] of the steps, all in the values' dtype.
+    """
+    rewards = rewards.astype(values.dtype)
+    continues = 1 - terminations.astype(values.dtype)
+    # Online and slow critic side by side: one scan for both returns.
+    returns, slow_returns = lambda_returns(
+        jnp.stack([rewards] * 2),
+        jnp.stack([values, slow_values]),
+        jnp.stack([continues] * 2),
+        config.discount,
+        config.lambda_,
+        bootstrap_next_value=fidelity.bootstrap_next_value,
+    )
+    weights = survival(continues) if fidelity.weight_by_survival else jnp.ones_like(continues)
+    return returns, slow_returns, weights
+
+
+def action_log_probs(logits: jax.Array, actions: jax.Array) -> jax.Array:
+    """Log-probabilities [...] of actions [...] int under logits [..., A]."""
+    chosen = jax.nn.one_hot(actions, logits.shape[-1], dtype=logits.dtype)
+    return jnp.sum(jax.nn.log_softmax(logits) * chosen, axis=-1)
 
 
 @jax.named_scope("behaviour")
@@ -226,7 +255,7 @@ def update(
     Returns:
       (state after the step, metrics: scalars []).
     """
-    _check_rollouts("behaviour.update", config, fidelity, state, features, actions, rewards, terminations)
+    check_rollouts("behaviour.update", config, fidelity, state, features, actions, rewards, terminations)
     state = dataclasses.replace(state, normaliser=normalisers.update(state.normaliser, features))
 
     def objective(params: dict[str, Params]) -> tuple[jax.Array, LossTerms]:
@@ -260,7 +289,7 @@ def update(
     return state, {f"actor_critic/{name}": value for name, value in metrics.items()}
 
 
-def _check_rollouts(
+def check_rollouts(
     function: str,
     config: BehaviourConfig,
     fidelity: Fidelity,
@@ -270,6 +299,7 @@ def _check_rollouts(
     rewards: jax.Array,
     terminations: jax.Array,
 ) -> None:
+    """The arguments of an update fit together; `function` is named in the message if not."""
     checks.instances(function, config=(config, BehaviourConfig), fidelity=(fidelity, Fidelity))
     checks.instances(function, state=(state, BehaviourState))
     checks.arrays(

@@ -41,6 +41,7 @@ LATER = {
     "agent/behaviour/epochs": 3,
     "agent/behaviour/minibatch_size": 16_384,
     "agent/behaviour/clip_ratio": 0.2,
+    "agent/fidelity/gradient_through_clip": True,
 }
 """Fields that run directories of older versions lack, and what those versions did."""
 _PACKAGES = ("drama_jax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "orbax-checkpoint", "envpool", "ale-py")
