@@ -6,9 +6,9 @@ A backbone is a flax.linen module with four methods:
   the parallel form over a sequence;
 * `step(latent [B, S], action [B] int, state) -> (feature [B, D], state)`, one step, by
   `module.apply(variables, latent, action, state, method="step")`;
-* `open_window(latent [B, T, S], action [B, T] int, *, horizon, segment_ids=None, unrolled=False)
+* `open_window(latent [B, T, S], action [B, T] int, *, horizon, segment_ids=None, unrolled=False, classes=None)
   -> (features [B, T, D], window)`, the parallel form before a rollout of at most `horizon` steps: the window takes the
-  place of the state in `step`;
+  place of the state in `step` (`unrolled`: in a loop unrolled whole; `classes`: with latents one-hot in groups of C);
 * `initial_state(batch_size) -> state`, zeros; needs no parameters.
 
 All forms agree: a sequence may be cut anywhere and continued in either from the returned state. In the parallel form

@@ -102,6 +102,7 @@ class ResidualBackbone(nn.Module):
         horizon: int,
         segment_ids: jax.Array | None = None,
         unrolled: bool = False,
+        classes: int | None = None,
     ) -> tuple[jax.Array, RecurrentState]:
         """The call from an empty past, which needs no preparation here: the window is the recurrent state.
 
@@ -111,6 +112,7 @@ class ResidualBackbone(nn.Module):
           horizon: at least 1; any number of steps may follow.
           segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
           unrolled: makes no difference.
+          classes: makes no difference.
 
         Returns:
           d_t `[B, T, D]` in at least float32, and the state after the last step.
@@ -118,7 +120,7 @@ class ResidualBackbone(nn.Module):
         Raises:
           TypeError, ValueError: if latent and action do not fit, or the horizon is not positive.
         """
-        del unrolled
+        del unrolled, classes
         checks.integers("backbone", horizon=horizon)
         return self(latent, action, segment_ids=segment_ids)
 

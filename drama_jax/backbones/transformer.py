@@ -112,6 +112,7 @@ class TransformerBackbone(nn.Module):
         horizon: int,
         segment_ids: jax.Array | None = None,
         unrolled: bool = False,
+        classes: int | None = None,
     ) -> tuple[jax.Array, TransformerState]:
         """As the call from an empty past, with a cache just long enough for `horizon` further steps.
 
@@ -121,6 +122,7 @@ class TransformerBackbone(nn.Module):
           horizon: how many steps may follow, static; features beyond it are NaN.
           segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
           unrolled: makes no difference.
+          classes: makes no difference.
 
         Returns:
           d_t `[B, T, D]` in at least float32, and the state after the last step.
@@ -128,7 +130,7 @@ class TransformerBackbone(nn.Module):
         Raises:
           TypeError, ValueError: if latent and action do not fit, or context and horizon are too long.
         """
-        del unrolled
+        del unrolled, classes
         check_inputs(latent, action, segment_ids, axes=("B", "T"))
         checks.integers("backbone", 1, self.config.max_length, horizon=horizon)
         self._check_length(latent.shape[1] + horizon)

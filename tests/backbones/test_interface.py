@@ -14,7 +14,7 @@ from drama_jax.config import BackboneConfig, ConfigError
 from tests.tools import quick_jit
 
 NAMES = ("mamba", "gru", "transformer", "rwkv")  # mamba2 has files of its own
-BATCH, TIME, LATENT, ACTIONS, POSITIONS = 3, 9, 6, 3, 11
+BATCH, TIME, LATENT, ACTIONS, POSITIONS = 3, 8, 6, 3, 10
 NEVER, SPLIT = np.zeros((BATCH, TIME), np.int32), 4
 RESETS = NEVER.copy()
 RESETS[0, 0], RESETS[1, [3, 5]], RESETS[2, :] = 1, 1, 1  # step 0; twice in the middle; every step
@@ -22,7 +22,7 @@ RESETS[0, 0], RESETS[1, [3, 5]], RESETS[2, :] = 1, 1, 1  # step 0; twice in the 
 
 @functools.cache
 def config(name, num_layers=1):
-    sizes = {"width": 12, "head_dim": 4, "state_dim": 3, "mixer_width": 8, "feedforward_width": 10, "chunk_size": 4}
+    sizes = {"width": 12, "head_dim": 4, "state_dim": 3, "mixer_width": 8, "feedforward_width": 10, "chunk_size": 3}
     return BackboneConfig(name=name, num_layers=num_layers, max_length=POSITIONS, **sizes)
 
 
@@ -33,6 +33,12 @@ def weights(features):
 
 def stack(trees):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def numpy(function, **options):
+    """`function` compiled, its results as numpy arrays: what a test does to jax arrays is compiled, too."""
+    compiled = quick_jit(functools.partial(function, **options))
+    return lambda *arguments, **named: jax.tree.map(np.asarray, compiled(*arguments, **named))
 
 
 class Compiled:
@@ -48,23 +54,27 @@ class Compiled:
             out, _ = module.apply(variables, latent, action, segment_ids=segment_ids)
             return jnp.sum(weights(out) * out)
 
-        self.sequence = quick_jit(sequence)
-        self.step = quick_jit(functools.partial(module.apply, method="step"))
-        self.window = quick_jit(functools.partial(module.apply, method="open_window", horizon=TIME - SPLIT))
-        self.gradients = quick_jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)), in_axes=(0, 0, None, None)))
+        self.sequence = numpy(sequence)
+        self.step = numpy(module.apply, method="step")
+        self.window = numpy(module.apply, method="open_window", horizon=TIME - SPLIT)
+        self.gradients = numpy(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)), in_axes=(0, 0, None, None)))
+        self.shapes = jax.eval_shape(
+            module.init, jax.random.key(0), np.zeros((BATCH, TIME, LATENT)), np.zeros((BATCH, TIME), np.int32)
+        )
+        self.start = jax.tree.map(np.asarray, module.initial_state(BATCH))
 
     def steps(self, variables, latent, action, state, first):
         """Step by step, with the state of a row replaced by the initial one before each first step."""
-        fresh, out = self.module.initial_state(len(latent)), []
+        out = []
         for t in range(latent.shape[1]):
 
             def renewed(old, new, first=first[:, t]):
                 return np.where(first.reshape(-1, *[1] * (old.ndim - 1)) > 0, new, old)
 
-            state = jax.tree.map(renewed, state, fresh)
+            state = jax.tree.map(renewed, state, self.start)
             feature, state = self.step(variables, latent[:, t], action[:, t], state)
             out.append(feature)
-        return jnp.stack(out, 1), state
+        return np.stack(out, 1), state
 
 
 compiled = functools.cache(Compiled)
@@ -75,9 +85,8 @@ def case(request, x64):
     rng = np.random.default_rng(0)
     latent, action = rng.normal(size=(BATCH, TIME, LATENT)), rng.integers(0, ACTIONS, (BATCH, TIME)).astype(np.int32)
     functions = compiled(request.param)
-    shapes = jax.eval_shape(functions.module.init, jax.random.key(0), latent, action)
     # Larger than initial weights, and no zeros: every path must matter.
-    variables = jax.tree.map(lambda leaf: 0.1 + 0.5 * rng.normal(size=leaf.shape), shapes)
+    variables = jax.tree.map(lambda leaf: 0.1 + 0.5 * rng.normal(size=leaf.shape), functions.shapes)
     return functions, variables, latent, action
 
 
@@ -92,7 +101,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("first", [NEVER, RESETS], ids=["one segment", "resets"])
 def test_the_parallel_form_equals_single_steps(case, first):
     functions, variables, latent, action = case
-    state = functions.module.initial_state(BATCH)
+    state = functions.start
     expected = functions.steps(variables, latent, action, state, first)
     assert_close(functions.sequence(variables, latent, action, state, ids(first)), expected)
     assert np.abs(expected[0]).std() > 0.1
@@ -104,8 +113,8 @@ def test_a_sequence_may_be_cut(case, forms):
     functions, variables, latent, action = case
     first = RESETS.copy()
     first[0, SPLIT] = 1
-    whole = functions.sequence(variables, latent, action, functions.module.initial_state(BATCH), ids(first))
-    state, out = functions.module.initial_state(BATCH), []
+    whole = functions.sequence(variables, latent, action, functions.start, ids(first))
+    state, out = functions.start, []
     for part, by_steps in ((slice(0, SPLIT), forms == "steps first"), (slice(SPLIT, None), forms == "steps last")):
         if by_steps:
             given = state, first[:, part]
@@ -114,26 +123,26 @@ def test_a_sequence_may_be_cut(case, forms):
             given = state, ids(first[:, part])
             features, state = functions.sequence(variables, latent[:, part], action[:, part], *given)
         out.append(features)
-    assert_close((jnp.concatenate(out, 1), state), whole)
+    assert_close((np.concatenate(out, 1), state), whole)
 
 
 def test_a_window_continues_the_parallel_form(case):
     functions, variables, latent, action = case
     first = RESETS.copy()
     first[:, SPLIT:] = 0
-    expected, _ = functions.sequence(variables, latent, action, functions.module.initial_state(BATCH), ids(first))
+    expected, _ = functions.sequence(variables, latent, action, functions.start, ids(first))
     past = latent[:, :SPLIT], action[:, :SPLIT]
     features, window = functions.window(variables, *past, segment_ids=ids(first[:, :SPLIT]))
     out = [features]
     for t in range(SPLIT, TIME):
         feature, window = functions.step(variables, latent[:, t], action[:, t], window)
         out.append(feature[:, None])
-    assert_close(jnp.concatenate(out, 1), expected)
+    assert_close(np.concatenate(out, 1), expected)
 
 
 def test_rows_are_independent(case):
     functions, variables, latent, action = case
-    state = functions.module.initial_state(BATCH)
+    state = functions.start
     before = functions.sequence(variables, latent, action, state, ids(RESETS))
     changed = latent.copy()
     changed[1] += 1
@@ -147,7 +156,7 @@ def test_rows_are_independent(case):
 
 def test_nothing_comes_from_the_future_or_from_another_segment(case):
     functions, variables, latent, action = case
-    state = functions.module.initial_state(BATCH)
+    state = functions.start
     before, _ = functions.sequence(variables, latent, action, state, ids(RESETS))
     changed = latent.copy()
     changed[:, 4] += 1
@@ -165,7 +174,7 @@ def test_gradients_equal_finite_differences_and_many_seeds_a_loop(case):
     far = [jax.tree.map(lambda leaf, scale=scale: scale * leaf, point) for scale in (1.0, 0.9, 1.1, -1.0)]
     losses, gradients = functions.gradients(*stack(far), action, ids(RESETS))
     for (parameters, latents), loss in zip(far, losses):
-        state = functions.module.initial_state(BATCH)
+        state = functions.start
         features, _ = functions.sequence(parameters, latents, action, state, ids(RESETS))
         np.testing.assert_allclose(loss, np.sum(weights(features) * features), rtol=1e-9)
     assert len(set(losses.tolist())) == 4
@@ -228,14 +237,13 @@ def test_a_transformer_has_so_many_positions(x64):
     """Positions past the last, and slots past a window's, are not those of another step but NaN."""
     functions = compiled("transformer")
     latent, action = np.zeros((BATCH, POSITIONS + 1, LATENT)), np.zeros((BATCH, POSITIONS + 1), np.int32)
-    shapes = jax.eval_shape(functions.module.init, jax.random.key(0), latent[:, :2], action[:, :2])
-    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1), shapes)
+    variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1), functions.shapes)
     for method, steps, options in (("__call__", POSITIONS + 1, {}), ("open_window", POSITIONS, {"horizon": 1})):
-        with pytest.raises(ValueError, match=r"has positions for 11 steps \(BackboneConfig.max_length\), got 12"):
+        with pytest.raises(ValueError, match=r"has positions for 10 steps \(BackboneConfig.max_length\), got 11"):
             functions.module.apply(variables, latent[:, :steps], action[:, :steps], method=method, **options)
     _, window = functions.window(variables, latent[:, :SPLIT], action[:, :SPLIT], segment_ids=NEVER[:, :SPLIT])
     for held, slots, state in (
-        (0, POSITIONS, functions.module.initial_state(BATCH)),
+        (0, POSITIONS, functions.start),
         (SPLIT, TIME, window),
     ):
         finite = []
