@@ -559,7 +559,7 @@ _MATCHED: dict[int, dict[str, dict[str, int]]] = {
     64: {
         "mamba": {"state_dim": 4},
         "gru": {"mixer_width": 62},
-        "transformer": {"feedforward_width": 64, "max_length": 16},
+        "transformer": {"feedforward_width": 64, "max_length": 32},
         "rwkv": {"mixer_width": 32, "feedforward_width": 48},
     },
 }

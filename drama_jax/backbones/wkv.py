@@ -17,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from drama_jax import checks
 from drama_jax.precision import at_least_float32
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -47,8 +48,23 @@ def wkv(
 
     Returns:
       y `[B, T, H, P]` and the state after the last step, in at least float32.
+
+    Raises:
+      TypeError, ValueError: on arguments that are no arrays, or shapes or dtypes that do not fit.
     """
+    checks.arrays("wkv", r=(r, ("B", "T", "H", "P"), "float"))
+    checks.arrays(
+        "wkv",
+        dict(zip("BTHP", r.shape)),
+        k=(k, ("B", "T", "H", "P"), "float"),
+        v=(v, ("B", "T", "H", "P"), "float"),
+        log_decay=(log_decay, ("B", "T", "H", "P"), "float"),
+        u=(u, ("H", "P"), "float"),
+        state=(state, ("B", "H", "P", "P"), "float"),
+        index=(index, ("B", "T"), "int32 or None"),
+    )
     batch, time = r.shape[:2]
+    checks.integers("wkv", T=time, chunk_size=chunk_size)
     wide, size = at_least_float32(r.dtype), min(chunk_size, time)
     missing = -time % size
     index = jnp.zeros((batch, time), jnp.int32) if index is None else index
@@ -113,7 +129,15 @@ def wkv_step(
     r: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, u: jax.Array, state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One step: operands [B, H, P], u [H, P], state [B, H, P, P] -> y [B, H, P] and the state, at least float32."""
-    wide = at_least_float32(r.dtype)
+    wide, sizes = at_least_float32(r.dtype), ("B", "H", "P")
+    checks.arrays(
+        "wkv_step",
+        **{name: (value, sizes, "float") for name, value in zip("rkv", (r, k, v))},
+        log_decay=(log_decay, sizes, "float"),
+    )
+    checks.arrays(
+        "wkv_step", dict(zip("BHP", r.shape)), u=(u, ("H", "P"), "float"), state=(state, ("B", "H", "P", "P"), "float")
+    )
     r, k, v, log_decay, u, state = (a.astype(wide) for a in (r, k, v, log_decay, u, state))
     added = k[..., None] * v[..., None, :]
     y = jnp.sum(r[..., None] * (state + u[..., None] * added), axis=-2)

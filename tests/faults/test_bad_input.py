@@ -35,7 +35,7 @@ from drama_jax import (
     world_model,
 )
 from drama_jax import ssd as ssd_module
-from drama_jax.behaviour import normalisers
+from drama_jax.behaviour import normalisers, ppo
 from drama_jax.config import (
     AgentConfig,
     AtariConfig,
@@ -129,7 +129,7 @@ FLAGS = [
     (f"{AE}.unimix 1.5", f"{AE}.unimix must lie in [0, 1], got 1.5"),
     (f"{BB}.head-dim 60", f"{BB}.head-dim must divide expand * width = 1024, got 60"),
     (f"{BB}.num-layers 1000", f"{BB}.num-layers must be at most 100, got 1000"),
-    (f"{BB}.name mamba3", f"{BB}.name must be one of 'mamba2', got 'mamba3'"),
+    (f"{BB}.name mamba3", f"{BB}.name must be one of 'mamba2', 'mamba', 'gru', 'transformer', 'rwkv', got 'mamba3'"),
     (f"{BB}.width 1e2", f"{BB}.width must be an integer, got '1e2'"),
     (f"{BH}.return-percentiles 0.1", f"{BH}.return-percentiles needs 2 values"),
     (f"{BH}.return-percentiles 0.1 0.2 0.3", f"{BH}.return-percentiles: '0.3' is one value too many"),
@@ -240,8 +240,15 @@ CONFIGURATIONS = [
     (lambda: AutoencoderConfig(image_size=True), "AutoencoderConfig.image_size must be an integer of at most"),
     (lambda: AutoencoderConfig(unimix=None), "AutoencoderConfig.unimix must be a finite number, got None"),
     (lambda: AutoencoderConfig(unimix=np.eye(2)), "got array([[1., 0.], [0., 1.]])"),
-    (lambda: BackboneConfig(name=5), "BackboneConfig.name must be one of 'mamba2', got 5"),
-    (lambda: BackboneConfig(name=["mamba2"]), "BackboneConfig.name must be one of 'mamba2', got ['mamba2']"),
+    (lambda: BackboneConfig(name=5), "'mamba2', 'mamba', 'gru', 'transformer', 'rwkv', got 5"),
+    (lambda: BackboneConfig(name=["mamba2"]), "'mamba2', 'mamba', 'gru', 'transformer', 'rwkv', got ['mamba2']"),
+    (lambda: BackboneConfig(mixer_width=-2), "BackboneConfig.mixer_width must be >= 0, got -2"),
+    (lambda: BackboneConfig(feedforward_width=1.5), "BackboneConfig.feedforward_width must be an integer of at most"),
+    (lambda: preset("xs", "lstm"), "'mamba2', 'mamba', 'gru', 'transformer', 'rwkv', got 'lstm'"),
+    (lambda: preset("xs", behaviour="sac"), "BehaviourConfig.name must be one of 'actor_critic', 'ppo', got 'sac'"),
+    (lambda: BehaviourConfig(epochs=0), "BehaviourConfig.epochs must be positive, got 0"),
+    (lambda: BehaviourConfig(minibatch_size=-4), "BehaviourConfig.minibatch_size must be positive, got -4"),
+    (lambda: BehaviourConfig(clip_ratio="0.2"), "BehaviourConfig.clip_ratio must be a finite number, got '0.2'"),
     (lambda: BackboneConfig(width=100), "BackboneConfig.head_dim must divide expand * width = 200, got 64"),
     (lambda: BackboneConfig(width=2**30, expand=2), "BackboneConfig.width * expand must be <= 2147483647"),
     (
@@ -394,7 +401,7 @@ def update_world_model(s, b=None, gumbel=None, segments=None, **options):
 def update_behaviour(s, **change):
     good = {"config": MICRO.behaviour, "fidelity": MICRO.fidelity, "state": s.behaviour}
     good |= {"features": ones(3, 5, F), "actions": ints(3, 4), "rewards": ones(3, 4), "terminations": bools(3, 4)}
-    return behaviour.update(**good | change)
+    return (ppo.update if "key" in change else behaviour.update)(**good | change)
 
 
 def look(s, what, *arguments, **options):
@@ -681,6 +688,11 @@ ARRAYS = [
         lambda s: update_behaviour(s, state=s),
         "behaviour.update: state must be of type BehaviourState, got a AgentState",
     ),
+    (lambda s: update_behaviour(s, key=3), "ppo.update: key must be one PRNG key, as from jax.random.key(0), got 3"),
+    (
+        lambda s: update_behaviour(s, key=key(), rewards=ones(3, 5)),
+        "ppo.update: rewards must be float [B, L], here [3, 4]",
+    ),
     (lambda s: update_behaviour(s, fidelity=None), "behaviour.update: fidelity must be of type Fidelity, got None"),
     (
         lambda s: behaviour.policy_logits(MICRO.behaviour, s.behaviour.params, s.behaviour.normaliser, ones(2, 7)),
@@ -813,7 +825,8 @@ def test_what_fits_is_let_through(shapes):
 
     def everything(s):
         act(s), scan(), scan_step(), run_backbone(s), run_backbone(s, state=recurrent(2)), update_world_model(s)
-        update_behaviour(s), agent.update(s, transition()), agent.imagine(s, batch(3, 2), key())
+        update_behaviour(s), update_behaviour(s, key=key()), agent.update(s, transition())
+        agent.imagine(s, batch(3, 2), key())
         agent.imagine_video(s, batch(2, 6), key(), 5), agent.reconstruct(s, frames(2, 16, 16, 3), key())
         look(s, "prior", ones(2, 16)), look(s, "step", recurrent(2), ones(2, 16), ints(2), num_actions=4)
         run_backbone(s, ones(2, 16), ints(2), method="step", state=recurrent(2)), coded(s, "decode", ones(2, 16))
