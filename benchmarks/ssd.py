@@ -201,8 +201,9 @@ def cuts(inputs: Operands) -> list[Tiles]:
         if width <= inputs["x"].shape[-1]
     ]
     found += [dataclasses.replace(default, stages=stages) for stages in (1, 2)]
-    found += [dataclasses.replace(default, strips=2 * default.strips)]
-    found += [dataclasses.replace(default, strips=max(1, default.strips // 2))]
+    found += [dataclasses.replace(default, strips=strips) for strips in (1, 2, 4, 8, 16, 32)]
+    found += [dataclasses.replace(default, backward_strips=strips) for strips in (1, 2, 4, 8, 16, 32)]
+    found += [dataclasses.replace(default, warps=2, backward_warps=2), dataclasses.replace(default, chunk=16)]
     found += [dataclasses.replace(default, depth=min(depth, inputs["B"].shape[-1])) for depth in (16, 32, 64, 128)]
     return list(dict.fromkeys(found))
 

@@ -6,6 +6,7 @@ chunk is computed again. Memory is linear in T.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,16 +16,27 @@ from drama_jax.precision import at_least_float32
 from drama_jax.ssd import pallas
 from drama_jax.ssd.recurrence import compose
 from drama_jax.ssd.segments import segment_index
-from drama_jax.ssd.tiles import Inputs, Steps, Tiles, padded
+from drama_jax.ssd.tiles import Inputs, Plan, Steps, Tiles, padded
 
-FULL = 264
-"""Programs that fill the device: two per multiprocessor of an H100."""
-CUTS: dict[str, list[tuple[int, int, int, int, int]]] = {
-    "bfloat16": [(32, 32, 64, 16, 4), (64, 32, 64, 32, 8), (128, 64, 64, 32, 8), (256, 64, 32, 64, 8)],
-    "float32": [(32, 16, 32, 16, 4), (64, 16, 32, 16, 4), (128, 16, 32, 32, 4), (256, 16, 16, 32, 4)],
+CUTS: dict[str, list[tuple[int, int, int, int, int, int]]] = {
+    "bfloat16": [
+        (32, 32, 64, 16, 4, 1024),
+        (64, 32, 64, 32, 8, 256),
+        (128, 64, 64, 32, 4, 256),
+        (256, 64, 32, 64, 8, 256),
+    ],
+    "float32": [
+        (32, 16, 32, 16, 4, 256),
+        (64, 16, 32, 16, 4, 256),
+        (128, 16, 32, 32, 4, 256),
+        (256, 16, 16, 32, 4, 256),
+    ],
 }
-"""Largest N, and the chunk, width, depth and warps up to it. Not tuned yet: of the cuts tried with the compiler for an
-H100, those with the fewest registers spilt in both directions."""
+"""Largest N, and up to it the chunk, width, depth, warps, and how many programs the strips should make. In bfloat16, N to
+32 and to 128 are the fastest of `python -m benchmarks.ssd --tune`; the others, of the cuts tried with the compiler for
+an H100, those with the fewest registers spilt in both directions."""
+ENOUGH = 256
+"""Programs from which on `gradients` is not cut into strips: each strip then costs more than it gains."""
 LARGEST_HEAD_DIM, LARGEST_STATE_DIM = 128, 256
 Saved = tuple[Inputs, jax.Array, tuple[()] | None]
 
@@ -66,18 +78,24 @@ def ssd_pallas(
 
 
 def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
-    """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as fill the device."""
+    """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as make the programs that are wanted."""
     batch, time, heads, head_dim = x.shape
     state_dim = padded(B.shape[-1])
     cuts = CUTS["bfloat16" if x.dtype == jnp.bfloat16 else "float32"]
-    chunk, width, depth, warps = next(cut for largest, *cut in cuts if state_dim <= largest)
+    chunk, width, depth, warps, wanted = next(cut for largest, *cut in cuts if state_dim <= largest)
     chunk, width = min(chunk, padded(time)), min(width, padded(head_dim))
     chunks = -(-time // chunk)
     programs = batch * heads * -(-head_dim // width)
     # A strip costs a second reading of its inputs: four chunks or more make that worth while.
-    strips = max(1, min(-(-FULL // programs), chunks // 4))
+    strips = max(1, min(-(-wanted // programs), chunks // 4))
     return Tiles(
-        chunk=chunk, width=width, depth=min(depth, state_dim), strips=strips, warps=warps, backward_warps=warps
+        chunk=chunk,
+        width=width,
+        depth=min(depth, state_dim),
+        strips=strips,
+        backward_strips=strips if programs < ENOUGH else 1,
+        warps=warps,
+        backward_warps=warps,
     )
 
 
@@ -90,7 +108,7 @@ def why_not(x: jax.Array, B: jax.Array, *, interpret: bool) -> str | None:
         )
     tiles = default_tiles(x, B)
     batch, time, heads, _ = x.shape
-    chunks = -(-time // tiles.chunk) + tiles.strips
+    chunks = -(-time // tiles.chunk) + max(tiles.strips, tiles.backward_strips)
     parts = -(-head_dim // tiles.width) * batch * time * heads * state_dim
     largest = max(x.size, parts, batch * heads * chunks * head_dim * state_dim)
     if largest >= 2**31:
@@ -130,6 +148,8 @@ def _scan_backward(
 ) -> tuple[Inputs, jax.Array | None]:
     inputs, saved, state = kept
     dy, dfinal = cotangents
+    tiles = dataclasses.replace(tiles, strips=tiles.backward_strips)
+    saved = _resized(saved, Plan.of(inputs, tiles).chunks)
     exits = dfinal[:, :, None]
     if tiles.strips > 1:
         sums, decays = pallas.strip_states(dy, inputs.C, inputs, tiles, reverse=True, interpret=interpret)
@@ -143,6 +163,12 @@ def _scan_backward(
         steps=Steps(dt=out["dt"], A=out["A"], index=None),
     )
     return by_inputs, None if state is None else out["initial_state"]
+
+
+def _resized(saved: jax.Array, chunks: int) -> jax.Array:
+    """saved [B, H, chunks, P, N] for another number of chunks; those that come or go lie behind the end."""
+    more = max(0, chunks - saved.shape[2])
+    return jnp.pad(saved, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))[:, :, :chunks]
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

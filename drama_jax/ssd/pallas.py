@@ -280,7 +280,7 @@ def gradients(
       saved: `[B, H, chunks, P, N]` as dt, the state that enters each chunk.
       dy: the gradient of y, `[B, T, H, P]` as x.
       exit_gradient: of the state that leaves each strip, `[B, H, S, P, N]` as dt, zeros if absent.
-      tiles: those of `outputs`.
+      tiles: how to cut; the chunk is that of `outputs`.
       interpret: run without a GPU.
 
     Returns:

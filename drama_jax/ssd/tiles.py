@@ -20,6 +20,8 @@ class Tiles:
     """Entries of N that are multiplied at once, at least 16; the state is held in pieces of that many."""
     strips: int = 1
     """S, pieces of the sequence that are walked at the same time."""
+    backward_strips: int = 1
+    """As `strips`, of `gradients`."""
     warps: int = 4
     """Of 32 threads each, that a program of `strip_states` or `outputs` has."""
     backward_warps: int = 4

@@ -24,7 +24,7 @@ from tests.tools import quick_jit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 # The second: the last strip lies behind the end.
-TILES = (Tiles(chunk=16, width=16, depth=32, strips=2), Tiles(chunk=16, width=32, depth=16, strips=4))
+TILES = (Tiles(chunk=16, width=16, depth=32, strips=2), Tiles(chunk=16, width=32, depth=16, strips=4, backward_strips=3))
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=["blocks_of_p", "pieces_of_n"])
@@ -131,7 +131,9 @@ def test_the_default_tiles_fill_the_device():
         return default_tiles(inputs["x"], inputs["B"])
 
     assert tiles((16, 128, 16, 64, 16)).strips == 1  # 256 programs already
-    assert tiles((4, 8192, 16, 64, 16)).strips == 5
+    assert tiles((16, 1024, 16, 64, 16)).strips == 4
+    assert tiles((16, 1024, 16, 64, 16)).backward_strips == 1
+    assert tiles((4, 8192, 16, 64, 16)).strips == tiles((4, 8192, 16, 64, 16)).backward_strips == 16
     assert tiles((1, 8, 1, 16, 16)) == Tiles(chunk=16, width=16, depth=16)
     assert tiles((1, 65536, 24, 64, 128)).strips == 11
 
