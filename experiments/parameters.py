@@ -13,8 +13,9 @@ import typing
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
-from drama_jax import world_model
+from drama_jax import backbones
 from drama_jax.config import PRESETS, BackboneName, ConfigError, preset
 from experiments.command_line import parse_plain
 from experiments.tables import markdown_table
@@ -61,9 +62,11 @@ def table(actions: int) -> str:
 
 def count(name: str, backbone: BackboneName, actions: int) -> int:
     """Parameters of the sequence model that `--preset name --backbone backbone` trains."""
-    config = preset(name, backbone).agent.with_compute_dtype("float32").world_model
-    state = jax.eval_shape(lambda key: world_model.init(key, config, actions), jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params["backbone"]))
+    config = preset(name, backbone).agent.world_model
+    module = backbones.make(config.backbone, actions, jnp.float32)
+    latent, action = jnp.zeros((1, 1, config.autoencoder.latent_size)), jnp.zeros((1, 1), jnp.int32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), latent, action)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 if __name__ == "__main__":
