@@ -157,7 +157,7 @@ class TransformerBackbone(nn.Module):
         for block, cache in zip(self.layers, state.layers, strict=True):
             x, cache = block.step(x, cache, state.length)
             layers.append(cache)
-        x = jnp.where((state.length < layers[0].keys.shape[1])[:, None], x, jnp.nan)
+        x = self._where_known(x, state.length, layers[0].keys.shape[1])
         return x, TransformerState(layers=tuple(layers), length=state.length + 1)
 
     def _sequence(
@@ -188,13 +188,18 @@ class TransformerBackbone(nn.Module):
             x, keys, values = block(x, cache, mask)
             keep = functools.partial(_newest, start=start[:, -1], time=time, slots=slots)
             layers.append(TransformerLayerCache(keys=keep(keys), values=keep(values)))
+        x = self._where_known(x, steps - start, self.config.max_length)
         return x, TransformerState(layers=tuple(layers), length=time - start[:, -1])
 
     def _embed(self, latent: jax.Array, action: jax.Array, position: jax.Array) -> jax.Array:
-        """The stream [.., D] before the first layer, NaN where there is no such position."""
+        """The stream [.., D] before the first layer; past the last position something that nothing known depends on."""
         last = self.config.max_length - 1
-        x = self.stem(latent, action) + _rows(self.positions, jnp.minimum(position, last))
-        return jnp.where((position <= last)[..., None], self.norm(x), jnp.nan)
+        return self.norm(self.stem(latent, action) + _rows(self.positions, jnp.minimum(position, last)))
+
+    def _where_known(self, x: jax.Array, position: jax.Array, slots: int) -> jax.Array:
+        """Features [.., D], NaN where there is no such position or slot."""
+        # At the end only: a NaN among the keys and values would reach steps that do not look at it.
+        return jnp.where((position < min(slots, self.config.max_length))[..., None], x, jnp.nan)
 
     def _check_length(self, steps: int) -> None:
         if steps > self.config.max_length:

@@ -251,6 +251,9 @@ def test_a_transformer_has_so_many_positions(x64):
             feature, state = functions.step(variables, latent[:, 0], action[:, 0], state)
             finite.append(bool(np.isfinite(feature).all()))
         assert finite == [True] * (len(finite) - 2) + [False] * 2
+    held = functions.start.replace(length=np.full((BATCH,), SPLIT, np.int32))
+    features, _ = functions.sequence(variables, latent[:, :TIME], action[:, :TIME], held, NEVER)
+    np.testing.assert_array_equal(np.isfinite(features).all(axis=(0, 2)), SPLIT + np.arange(TIME) < POSITIONS)
 
 
 @pytest.mark.parametrize(
