@@ -3,7 +3,7 @@
 The modules are the interface; each works alone:
 
 * `agent`: `init`, `act`, `update`, the whole learner as pure functions of one state;
-* `ssd`: the state-space-duality scan of Mamba-2 with resets; `backbones`: sequence models built on it;
+* `ssd`: the state-space-duality scan of Mamba-2 with resets; `backbones`: Mamba-2 and other sequence models;
 * `vae`, `world_model`, `imagination`, `behaviour`: the learner's parts; `replay`, `dfs`: its memory and sampler;
 * `interop`: weights of the released PyTorch code; `config`: every setting.
 

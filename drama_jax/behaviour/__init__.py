@@ -1,5 +1,6 @@
-"""Behaviour learning in imagination: actor, critic, lambda-returns, normalisers."""
+"""Behaviour learning in imagination: actor, critic, lambda-returns, normalisers; `ppo` is another way to update them."""
 
+from drama_jax.behaviour import ppo
 from drama_jax.behaviour.actor_critic import (
     BehaviourState,
     LossTerms,
@@ -22,6 +23,7 @@ __all__ = [
     "lambda_returns",
     "loss",
     "policy_logits",
+    "ppo",
     "sample_actions",
     "survival",
     "update",
