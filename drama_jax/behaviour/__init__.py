@@ -1,4 +1,4 @@
-"""Behaviour learning in imagination: actor, critic, lambda-returns, normalisers; `ppo` is another way to update them."""
+"""Behaviour learning in imagination: actor, critic, lambda-returns, normalisers; `ppo` updates them another way."""
 
 from drama_jax.behaviour import ppo
 from drama_jax.behaviour.actor_critic import (
