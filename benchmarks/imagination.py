@@ -20,6 +20,7 @@ from benchmarks import common, floors, update_step
 from drama_jax import agent, replay, world_model
 from drama_jax.behaviour import actor_critic
 from drama_jax.config import PRESETS, preset
+from experiments import machine
 
 
 def parts(state: agent.AgentState) -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=20_000, help="steps in the replay")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
+    machine.set_xla_flags(deterministic=False)  # as a run does
     config = preset(arguments.preset).agent
     state = update_step.filled_state(config, min(arguments.stored, config.replay.capacity))
     common.write_result("imagination", rows(state, arguments.preset, arguments.repeats), arguments.out)

@@ -39,6 +39,7 @@ from benchmarks.update_step import filled_state
 from drama_jax import agent, replay
 from drama_jax.config import PRESETS, AgentConfig, preset
 from drama_jax.training.together import Together
+from experiments import machine
 
 SEEDS = {"xs": [1, 2, 5, 12], "tiny": [1, 4, 16]}
 OTHER_SEEDS = [1, 2, 5]
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--picture", action="store_true", help="only draw the result files")
     parser.add_argument("--device", default=None, help="whose result files to draw, as in their names; this one's")
     arguments = parser.parse_args()
+    machine.set_xla_flags(deterministic=False)  # as a run does
     if arguments.picture:
         print(draw(arguments.out, arguments.device or common.device_slug()))
         return

@@ -18,6 +18,7 @@ import jax
 
 from benchmarks import common, update_step
 from drama_jax.config import PRESETS, preset
+from experiments import machine
 
 PARTS = {
     # First match wins; the patterns are parts of jax's operation names, that is, of modules and named scopes.
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=20_000)
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
+    machine.set_xla_flags(deterministic=False)  # as a run does
     config = preset(arguments.preset).agent
     state = update_step.filled_state(config, min(arguments.stored, config.replay.capacity))
     update = update_step.stages(state)["environment_step"].lower(state).compile()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -249,24 +250,24 @@ def main() -> None:
     elif arguments.check:
         raise SystemExit(ssd_check.check(arguments.out))
     elif arguments.accuracy:
-        common.write_result("ssd_accuracy", shown(ssd_check.accuracy_rows()), arguments.out, show=False)
+        written("ssd_accuracy", ssd_check.accuracy_rows(), arguments.out)
     elif arguments.tune:
-        common.write_result("ssd_tune", shown(tune_rows(cases, arguments.dtypes)), arguments.out, show=False)
+        written("ssd_tune", tune_rows(cases, arguments.dtypes), arguments.out)
     else:
-        rows = shown(case_rows(cases, arguments.dtypes, arguments.links))
+        rows = case_rows(cases, arguments.dtypes, arguments.links)
         if arguments.lengths:
             tiny = set(cases) <= set(TINY)
-            rows += shown(sweep_rows(TINY["tiny"] if tiny else CASES["drama_8k"], arguments.lengths))
-        common.write_result("ssd", rows, arguments.out, show=False)
+            rows = itertools.chain(rows, sweep_rows(TINY["tiny"] if tiny else CASES["drama_8k"], arguments.lengths))
+        written("ssd", rows, arguments.out)
 
 
-def shown(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, each printed when it is there."""
+def written(benchmark: str, rows: Iterator[dict[str, Any]], directory: pathlib.Path | None) -> None:
+    """Prints each row when it is there and writes the file anew, so that a run that is cut short loses none."""
     kept = []
     for row in rows:
         print(json.dumps(row), flush=True)
         kept.append(row)
-    return kept
+        common.write_result(benchmark, kept, directory, show=False)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Milliseconds of each stage of one environment step, and of the whole.
 
     python -m benchmarks.update_step --preset xs
+    python -m benchmarks.update_step --preset xs --backbone rwkv --behaviour ppo
 
 Stages are timed twice: `median_ms` waits for the device after every call (dispatch included), `queued_ms` queues
 calls as the training loop does. Frames are random; the time does not depend on what they show. `floor_ms` is explained
-in `benchmarks/floors.py`.
+in `benchmarks/floors.py`; it is counted for Mamba-2 and the actor-critic.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import pathlib
 import time
+import typing
 from typing import Any
 
 import jax
@@ -22,7 +24,8 @@ import numpy as np
 
 from benchmarks import common, floors
 from drama_jax import agent, replay
-from drama_jax.config import PRESETS, preset
+from drama_jax.config import PRESETS, BackboneName, BehaviourName, preset
+from experiments import machine
 
 ACTIONS = 18
 
@@ -116,14 +119,20 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="xs")
+    parser.add_argument("--backbone", choices=typing.get_args(BackboneName), default="mamba2")
+    parser.add_argument("--behaviour", choices=typing.get_args(BehaviourName), default="actor_critic")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--stored", type=int, default=20_000, help="steps in the replay")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="directory of the result file")
     arguments = parser.parse_args()
-    config = preset(arguments.preset).agent
+    machine.set_xla_flags(deterministic=False)  # as a run does
+    config = preset(arguments.preset, arguments.backbone, arguments.behaviour).agent
     state = filled_state(config, min(arguments.stored, config.replay.capacity))
     state, rows = timed_stages(state, arguments.preset, arguments.repeats)
-    floors.add(rows, state, "median_ms")
+    if (arguments.backbone, arguments.behaviour) == ("mamba2", "actor_critic"):
+        floors.add(rows, state, "median_ms")
+    else:
+        rows = [row | {"backbone": arguments.backbone, "behaviour": arguments.behaviour} for row in rows]
     common.write_result("update_step", rows, arguments.out)
 
 

@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, config = command_line.parse(arguments, _PROGRAM)
         whole = command_line.plan(options, config)
         options, planned = processes.share(options, whole)
-        if options.deterministic:
-            machine.make_deterministic()
+        machine.set_xla_flags(deterministic=options.deterministic)
         jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
             runs, finished = run(options, planned, stop)

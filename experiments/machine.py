@@ -181,11 +181,17 @@ def keep_compiled_programs(directory: pathlib.Path | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def make_deterministic() -> None:
-    """Asks XLA for programs that give the same bits in every run; before JAX has started the device."""
+def set_xla_flags(*, deterministic: bool) -> None:
+    """Says how XLA shall compile for a GPU; before JAX has started the device. A flag of the user's own is kept.
+
+    Args:
+      deterministic: ask for programs that give the same bits in every run.
+    """
+    # cuBLAS instead of Triton for matrix products saves 0.25 ms of a step's 15.4 (H200, preset xs).
+    wanted = {"xla_gpu_enable_triton_gemm": "false"} | ({"xla_gpu_deterministic_ops": "true"} if deterministic else {})
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    missing = [f"--{name}={value}" for name, value in wanted.items() if name not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 
 def slow_device_notice(preset: str, seconds: float, steps_left: int) -> str | None:

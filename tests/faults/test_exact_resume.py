@@ -254,9 +254,13 @@ def test_another_seed_is_another_run(envpool_run, tmp_path):
 
 def test_flags_of_xla_that_are_set_already_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
-    machine.make_deterministic()
-    machine.make_deterministic()
-    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=/tmp/x --xla_gpu_deterministic_ops=true"
+    for deterministic in (False, True, True):
+        machine.set_xla_flags(deterministic=deterministic)
+    added = "--xla_gpu_enable_triton_gemm=false --xla_gpu_deterministic_ops=true"
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=/tmp/x {added}"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    machine.set_xla_flags(deterministic=False)
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true"
 
 
 def test_the_parts_of_a_segment_are_the_rows_of_the_run():
