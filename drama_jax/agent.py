@@ -136,7 +136,7 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
 
 
 def train_behaviour(state: AgentState) -> tuple[AgentState, Metrics]:
-    """One update of actor and critic on rollouts imagined from the replay (paper algorithm 1, lines on behaviour learning).
+    """One update of actor and critic on imagined rollouts (paper algorithm 1, lines on behaviour learning).
 
     An update whose loss or gradient is not finite is skipped and counted, see `drama_jax.guard`.
     """
