@@ -172,9 +172,9 @@ def parse(arguments: Sequence[str], program: str) -> tuple[AllOptions, RunConfig
       SystemExit: with code 0 after --help or --help-all.
     """
     base = preset(
-        _chosen(arguments, "preset", "xs", _PRESETS),
-        _chosen(arguments, "backbone", "mamba2", typing.get_args(BackboneName)),
-        _chosen(arguments, "behaviour", "actor_critic", typing.get_args(BehaviourName)),
+        chosen(arguments, "preset", "xs", _PRESETS),
+        chosen(arguments, "backbone", "mamba2", typing.get_args(BackboneName)),
+        chosen(arguments, "behaviour", "actor_critic", typing.get_args(BehaviourName)),
     )
     if "--help-all" in arguments:
         arguments = ["--help"]
@@ -239,7 +239,7 @@ def to_continue(arguments: Sequence[str], program: str, directory: pathlib.Path)
     return f"{program} {shlex.join([*kept, '--logdir', str(directory)])}"
 
 
-def _chosen(arguments: Sequence[str], flag: str, name: str, accepted: Sequence[str]) -> Any:
+def chosen(arguments: Sequence[str], flag: str, name: str, accepted: Sequence[str]) -> Any:
     """What a flag is given, else `name`, before anything else is parsed, because it decides the others' defaults."""
     for index, argument in enumerate(arguments):
         if argument == f"--{flag}" and index + 1 < len(arguments):
@@ -253,11 +253,6 @@ def _chosen(arguments: Sequence[str], flag: str, name: str, accepted: Sequence[s
 
 def _defaults(kind: type[Any], base: RunConfig) -> Any:
     """The preset's values, as the defaults of the flags."""
-    cache: pathlib.Path | None
-    try:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drama_jax"
-    except RuntimeError:  # a user without a home
-        cache = None
     values = {
         "game": tyro.MISSING,
         "preset": "xs",
@@ -273,7 +268,7 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
         "backbone": base.agent.world_model.backbone.name,
         "behaviour": base.agent.behaviour.name,
         "sampler": base.agent.replay.sampler,
-        "compilation_cache": cache,
+        "compilation_cache": compilation_cache(),
         "resume": True,
         "deterministic": False,
         "agent": base.agent,
@@ -287,15 +282,30 @@ def _defaults(kind: type[Any], base: RunConfig) -> Any:
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
-def parse_plain(kind: type[Parsed], arguments: Sequence[str] | None, program: str, description: str | None) -> Parsed:
-    """The command line of a small program as a dataclass.
+def compilation_cache() -> pathlib.Path | None:
+    """Where compiled programs are kept if no flag says otherwise; None for a user without a home."""
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drama_jax"
+    except RuntimeError:
+        return None
+
+
+def parse_plain(
+    kind: type[Parsed],
+    arguments: Sequence[str] | None,
+    program: str,
+    description: str | None,
+    default: Parsed | None = None,
+) -> Parsed:
+    """The command line of a small program as a dataclass, the values of `default` where a flag is not given.
 
     Raises:
       ConfigError: for any mistake in `arguments`, with one line that names the flag.
       SystemExit: with code 0 after --help.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    return _parse(kind, arguments, prog=program, description=description)
+    how = {} if default is None else {"default": default}
+    return _parse(kind, arguments, prog=program, description=description, **how)
 
 
 def _parse(kind: type[Parsed], arguments: Sequence[str], **how: Any) -> Parsed:

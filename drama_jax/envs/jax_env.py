@@ -6,6 +6,8 @@ that a cell stays a sharp rectangle. H, W, C are frame height, width and channel
 
 from __future__ import annotations
 
+import difflib
+import importlib
 from typing import Any
 
 import flax.struct
@@ -53,12 +55,10 @@ class JaxEnv:
         if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
             raise ConfigError(f"image_size must be a positive integer, got {image_size!r}")
         space = env.observation_space(params)
-        shape = tuple(space.shape)
-        if len(shape) not in (2, 3):
-            raise ConfigError(f"observations must be [rows, columns] or [rows, columns, C], got shape {shape}")
+        shape = board_shape(env, params)
         if max(shape[:2]) > image_size:
             raise ConfigError(
-                f"image_size must be at least {max(shape[:2])} for observations {shape}, got {image_size}"
+                f"image_size must be at least {max(shape[:2])} for observations {tuple(space.shape)}, got {image_size}"
             )
         self._env, self._params = env, params
         self._low, self._high = float(np.min(space.low)), float(np.max(space.high))
@@ -66,7 +66,7 @@ class JaxEnv:
         rest = [image_size - n * factor for n, factor in zip(shape[:2], self._factors)]
         self._padding = [(r // 2, r - r // 2) for r in rest] + [(0, 0)]
         self.num_actions = int(env.num_actions)
-        self.image_shape = (image_size, image_size, shape[2] if len(shape) == 3 else 1)
+        self.image_shape = (image_size, image_size, shape[2])
 
     def reset(self, key: jax.Array) -> JaxEnvState:
         """Starts an episode. The key is consumed."""
@@ -103,17 +103,57 @@ def _their_promotion() -> Any:
 
 
 def make(name: str, image_size: int) -> JaxEnv:
-    """The gymnax environment called `name` (for example "Catch-bsuite", "Breakout-MinAtar").
+    """The environment that `load` finds, with frames of `image_size` pixels in height and width.
 
     Raises:
-      ConfigError: if gymnax is missing, has no such environment, or the environment shows no image.
+      ConfigError: if gymnax is missing, there is no such environment, or the environment shows no image.
     """
+    return JaxEnv(*load(name), image_size)
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """An environment with gymnax's interface, and its parameters.
+
+    Args:
+      name: gymnax's name for it ("Catch-bsuite", "Breakout-MinAtar"), or MODULE:CLASS for one of your own, which is
+        made without arguments and has `default_params`.
+
+    Raises:
+      ConfigError: if gymnax is missing, or there is no such environment.
+    """
+    if isinstance(name, str) and ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            env = getattr(importlib.import_module(module), attribute)()
+            return env, env.default_params
+        except (ImportError, ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(f"no environment {name!r}: {error}") from error
     try:
         import gymnax
     except ImportError as error:
-        raise ConfigError(f"JAX environments need gymnax: run python -m pip install gymnax six ({error})") from error
+        raise ConfigError(
+            f"JAX environments need gymnax: run python -m pip install -e '.[gymnax]' ({error})"
+        ) from error
     try:
         env, params = gymnax.make(name)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"gymnax has no environment {name!r}") from error
-    return JaxEnv(env, params, image_size)
+        close = difflib.get_close_matches(str(name), gymnax.registered_envs, n=3, cutoff=0.4)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"gymnax has no environment {name!r}{meant}") from error
+    return env, params
+
+
+def board_shape(env: Any, params: Any) -> tuple[int, int, int]:
+    """(rows, columns, channels) of an environment's observations.
+
+    Raises:
+      ConfigError: if they are no boards of bounded numbers.
+    """
+    space = env.observation_space(params)
+    shape = tuple(getattr(space, "shape", ()))
+    if len(shape) not in (2, 3):
+        raise ConfigError(f"observations must be [rows, columns] or [rows, columns, C], got shape {shape}")
+    low, high = float(np.min(space.low)), float(np.max(space.high))
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise ConfigError(f"observations must lie between two finite numbers, got {low} and {high}")
+    return (*shape, 1)[:3]

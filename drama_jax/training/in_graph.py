@@ -1,7 +1,7 @@
 """A whole training run as one jitted function: environment, replay, acting and learning inside `jax.lax.scan`.
 
 For environments written in JAX. Nothing crosses to the host until the run is over, and `jax.vmap` over the key is a
-run of many seeds.
+run of many seeds. `begin`, `play_randomly` and `train` are the same run in parts, for progress in between.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Loop:
     env: JaxEnvState
     key: jax.Array  # [] PRNG key
     episode_return: jax.Array  # [] float32, of the running episode so far
+    episode_length: jax.Array  # [] int32, likewise
 
 
 @flax.struct.dataclass
@@ -38,6 +39,7 @@ class History:
     rewards: jax.Array  # [steps] float32
     lasts: jax.Array  # [steps] bool, the step ended an episode
     returns: jax.Array  # [steps] float32, undiscounted return up to and including the step
+    lengths: jax.Array  # [steps] int32, steps of the episode up to and including this one
 
 
 def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tuple[AgentState, History, Metrics]:
@@ -61,29 +63,63 @@ def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tupl
     checks.instances("in_graph.run", config=(config, AgentConfig), env=(env, JaxEnv))
     checks.integers("in_graph.run", 0, steps=steps)
     checks.key("in_graph.run", key)
+    check_frames(config, env)
+    return _run(config, env, key, steps=steps)
+
+
+def check_frames(config: AgentConfig, env: JaxEnv) -> None:
+    """Raises a ConfigError if the agent's frames are not the environment's."""
     expected = config.world_model.autoencoder.image_shape
     if env.image_shape != expected:
         raise ConfigError(f"the agent sees frames of shape {expected}, but the environment shows {env.image_shape}")
-    return _run(config, env, key, steps=steps)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "env", "steps"))
 def _run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tuple[AgentState, History, Metrics]:
+    warmup = min(steps, config.warmup_steps)
+    loop, before = play_randomly(env, warmup, begin(config, env, key))
+    loop, after, metrics = train(env, steps - warmup, loop)
+    history = jax.tree.map(lambda *parts: jnp.concatenate(parts), before, after)
+    return loop.agent, history, metrics
+
+
+def begin(config: AgentConfig, env: JaxEnv, key: jax.Array) -> Loop:
+    """The start of `run`, which is this, then `play_randomly` for the warm-up, then `train`, in parts or at once.
+
+    All three are pure functions of one agent, to be jitted and vmapped. The key is consumed.
+    """
+    checks.instances("in_graph.begin", config=(config, AgentConfig), env=(env, JaxEnv))
     key, agent_key, env_key = jax.random.split(key, 3)
     state = agent.init(agent_key, config, env.num_actions)
-    loop = Loop(
+    return Loop(
         agent=state,
         acting=agent.initial_acting(state, 1),
         env=env.reset(env_key),
         key=key,
         episode_return=jnp.zeros((), jnp.float32),
+        episode_length=jnp.zeros((), jnp.int32),
     )
-    warmup = min(steps, config.warmup_steps)
-    loop, before = jax.lax.scan(functools.partial(_random_step, env), loop, length=warmup)
-    # The random steps of a running episode are not in the policy's context, which starts here.
-    loop, (after, metrics) = jax.lax.scan(functools.partial(_training_step, env), loop, length=steps - warmup)
-    history = jax.tree.map(lambda *parts: jnp.concatenate(parts), before, after)
-    return loop.agent, history, metrics
+
+
+def play_randomly(env: JaxEnv, steps: int, loop: Loop) -> tuple[Loop, History]:
+    """`steps` uniformly random steps, which are stored and train nothing."""
+    _check("in_graph.play_randomly", env, steps, loop)
+    return jax.lax.scan(functools.partial(_random_step, env), loop, length=steps)
+
+
+def train(env: JaxEnv, steps: int, loop: Loop) -> tuple[Loop, History, Metrics]:
+    """`steps` of the policy's steps, each followed by an update. Metrics [steps].
+
+    The random steps of a running episode are not in the policy's context.
+    """
+    _check("in_graph.train", env, steps, loop)
+    loop, (history, metrics) = jax.lax.scan(functools.partial(_training_step, env), loop, length=steps)
+    return loop, history, metrics
+
+
+def _check(function: str, env: JaxEnv, steps: int, loop: Loop) -> None:
+    checks.instances(function, env=(env, JaxEnv), loop=(loop, Loop))
+    checks.integers(function, 0, steps=steps)
 
 
 def _random_step(env: JaxEnv, loop: Loop, _: None) -> tuple[Loop, History]:
@@ -110,5 +146,11 @@ def _play(env: JaxEnv, loop: Loop, action: jax.Array, key: jax.Array) -> tuple[L
         frame=before.frame, action=action, reward=outcome.reward, terminal=outcome.terminal, first=before.first
     )
     total = loop.episode_return + outcome.reward
-    loop = dataclasses.replace(loop, env=after, episode_return=jnp.where(outcome.last, 0.0, total))
-    return loop, transition, History(rewards=outcome.reward, lasts=outcome.last, returns=total)
+    length = loop.episode_length + 1
+    loop = dataclasses.replace(
+        loop,
+        env=after,
+        episode_return=jnp.where(outcome.last, 0.0, total),
+        episode_length=jnp.where(outcome.last, 0, length),
+    )
+    return loop, transition, History(rewards=outcome.reward, lasts=outcome.last, returns=total, lengths=length)

@@ -1,0 +1,140 @@
+"""What the seeds of `experiments.jax_env` come to: a table of final returns, learning curves, and their data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from drama_jax.config import ConfigError
+from drama_jax.training import scores
+from experiments import figures
+from experiments.tables import markdown_table, standard_error
+
+LAST = 10
+"""The final return is the mean over the episodes that end in the last 1 / LAST of the steps."""
+_POINTS = 40
+"""Points of a curve: means over as many equal parts of the run."""
+
+
+def check(*paths: pathlib.Path | None) -> None:
+    """Raises a ConfigError if the files cannot be written, or a picture not drawn; creates nothing."""
+    for path in filter(None, paths):
+        if not path.absolute().parent.is_dir() or path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ConfigError(f"{path} cannot be written; name a file in a directory that is there")
+        if path.suffix == ".png":
+            figures.import_figure()
+
+
+def episodes(directory: pathlib.Path) -> list[tuple[int, float]]:
+    """(step at the end, return) of every episode of a run, from its metrics.jsonl."""
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    tag = "charts/episodic_return"
+    return [(line["step"], line[tag]) for line in lines if tag in line]
+
+
+def collect(directories: Sequence[pathlib.Path]) -> dict[str, Any]:
+    """The curves of finished runs of one command, from their files.
+
+    Returns:
+      What the JSON file holds; `curves` has a row per seed, null where no episode ended.
+
+    Raises:
+      ConfigError: if a file cannot be read.
+    """
+    runs, configs = [], []
+    for directory in directories:
+        try:
+            runs.append(json.loads((directory / "scores.json").read_text(encoding="utf-8")))
+            configs.append(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{directory} is no finished run ({error})") from error
+    steps, warmup = runs[0]["steps"], configs[0]["config"]["agent"]["warmup_steps"]
+    edges = np.linspace(0, steps, _POINTS + 1)
+    return {
+        "env": runs[0]["env"],
+        "preset": runs[0]["preset"],
+        "steps": steps,
+        "seeds": [run["seed"] for run in runs],
+        "final_returns": [_mean(run["training_returns"], steps - steps / LAST, steps) for run in runs],
+        "random_returns": [_mean(run["training_returns"], 0, min(warmup, steps)) for run in runs],
+        "wall_clock_s": round(max(run["wall_clock_s"] for run in runs), 1),
+        "device": runs[0]["device"],
+        "commit": runs[0]["commit"],
+        "versions": {name: text for name, text in runs[0]["versions"].items() if name != "platform"},
+        "curve_steps": edges[1:].tolist(),
+        "curves": [
+            [_mean(run["training_returns"], low, high) for low, high in itertools.pairwise(edges)] for run in runs
+        ],
+        "config": configs[0]["config"],
+    }
+
+
+def _mean(returns: Sequence[tuple[int, float]], after: float, until: float) -> float | None:
+    values = [value for step, value in returns if after < step <= until]
+    return round(float(np.mean(values)), 4) if values else None
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Final return of each seed, and their mean with its standard error."""
+    last = f"return, last {results['steps'] // LAST:,} steps"
+    body = [
+        [f"seed {seed}", _number(random), _number(final)]
+        for seed, random, final in zip(results["seeds"], results["random_returns"], results["final_returns"])
+    ]
+    body.append(["mean ± standard error", *(_summary(results[name]) for name in ("random_returns", "final_returns"))])
+    return markdown_table([f"{results['env']}, {results['steps']:,} steps", "random warm-up", last], body)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _summary(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    error = standard_error(known)
+    return "" if not known else _number(float(np.mean(known))) + ("" if error is None else f" ± {error:.2f}")
+
+
+def write(results: Mapping[str, Any], data: pathlib.Path | None, picture: pathlib.Path | None) -> None:
+    """Writes the JSON and draws the picture, where a path is given.
+
+    Raises:
+      ConfigError: if one cannot be written.
+    """
+    try:
+        if data is not None:
+            scores.write(data, results)
+        if picture is not None:
+            draw(results, picture)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be written ({error.strerror})") from error
+
+
+def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Return against agent steps: a thin line per seed, their mean, and the level of random play.
+
+    Raises:
+      ConfigError: if matplotlib is missing.
+    """
+    picture = figures.import_figure()(figsize=(6.4, 3.6), layout="constrained")
+    axis = picture.subplots()
+    steps = np.asarray(results["curve_steps"])
+    curves = np.asarray(results["curves"], np.float64)  # null becomes NaN
+    for curve in curves:
+        axis.plot(steps[np.isfinite(curve)], curve[np.isfinite(curve)], color="tab:blue", linewidth=0.7, alpha=0.5)
+    known = np.isfinite(curves).all(axis=0)  # a mean over other seeds at every point would mislead
+    axis.plot(steps[known], curves[:, known].mean(axis=0), color="tab:blue", linewidth=2, label="mean of the seeds")
+    random = [value for value in results["random_returns"] if value is not None]
+    if random:
+        axis.axhline(float(np.mean(random)), color="0.6", linestyle="--", linewidth=1, label="random")
+    axis.set_title(f"{results['env']}, preset {results['preset']}, {len(curves)} seeds")
+    axis.set_xlabel("agent steps")
+    axis.set_ylabel("return of an episode")
+    axis.legend(fontsize=8)
+    picture.savefig(path, dpi=110)

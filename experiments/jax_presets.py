@@ -1,0 +1,251 @@
+"""Settings of `experiments.jax_env`: presets, flags, and the sizes that follow from the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from drama_jax.config import (
+    AgentConfig,
+    AutoencoderConfig,
+    BackboneConfig,
+    BehaviourConfig,
+    ConfigError,
+    ImaginationConfig,
+    OptimizerConfig,
+    ReplayConfig,
+    WorldModelConfig,
+)
+from drama_jax.envs import jax_env
+from experiments import command_line
+
+PROGRAM = "python -m experiments.jax_env"
+_MOST_SEEDS = 1024
+_DESCRIPTION = """Trains Drama on an environment written in JAX, several seeds at once, all of it on the device.
+
+Every other setting has a dotted flag, applied over the preset, for example
+--agent.replay.sampler uniform, --agent.behaviour.name ppo, --agent.world-model.backbone.name gru.
+--help-all lists them with the chosen preset's values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What is written to the run directory, and how often (in agent steps)."""
+
+    metrics_every: int = 100
+    """Steps that the device takes without the host: metrics are their means."""
+    checkpoint_every: int = 10_000
+    tensorboard: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("logging", metrics_every=self.metrics_every, checkpoint_every=self.checkpoint_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class InGraphConfig:
+    """One training run of one seed, as it is kept in config.json."""
+
+    env: str
+    """The environment, see `drama_jax.envs.jax_env.load`."""
+    agent: AgentConfig
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    steps: int = 8_000
+    """Agent steps."""
+    max_skipped_updates: int = 50
+    """Updates in a row that may be skipped because loss or gradient was not finite before the run stops."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("", steps=self.steps, max_skipped_updates=self.max_skipped_updates)
+        if not 0 <= self.seed <= 2_000_000_000:
+            raise ConfigError(f"--seed must lie in [0, 2000000000], got {self.seed}")
+
+
+def _positive(group: str, **values: int) -> None:
+    for name, value in values.items():
+        if not 0 < value < 2**31:
+            flag = ".".join(filter(None, (group, name.replace("_", "-"))))
+            raise ConfigError(f"--{flag} must be an integer from 1 to {2**31 - 1}, got {value}")
+
+
+def _tiny() -> InGraphConfig:
+    agent = AgentConfig(
+        world_model=WorldModelConfig(
+            autoencoder=AutoencoderConfig(image_size=10, image_channels=1, depths=(8, 16), categoricals=8, classes=8),
+            backbone=BackboneConfig(width=64, num_layers=1, head_dim=32, chunk_size=32),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=50),
+            head_units=64,
+            num_bins=63,
+            batch_size=4,
+            batch_length=18,
+            free_bits=0.3,
+        ),
+        imagination=ImaginationConfig(batch_size=48, context_length=2, horizon=9, unroll=1),
+        behaviour=BehaviourConfig(
+            actor_layers=1,
+            actor_units=64,
+            critic_layers=1,
+            critic_units=64,
+            num_bins=63,
+            entropy_scale=1e-2,
+            optimizer=OptimizerConfig(learning_rate=5e-4, warmup_updates=50, max_grad_norm=100.0),
+        ),
+        replay=ReplayConfig(capacity=10_000),
+        acting_context=9,
+        warmup_steps=200,
+    )
+    return InGraphConfig("Catch-bsuite", agent)
+
+
+def _small() -> InGraphConfig:
+    agent = AgentConfig(
+        world_model=WorldModelConfig(
+            autoencoder=AutoencoderConfig(
+                image_size=12, image_channels=4, depths=(32, 64, 64), categoricals=16, classes=16
+            ),
+            backbone=BackboneConfig(width=256),
+            optimizer=OptimizerConfig(learning_rate=2e-4, warmup_updates=500),
+            batch_size=16,
+            batch_length=64,
+        ),
+        imagination=ImaginationConfig(batch_size=256, context_length=8, horizon=15),
+        behaviour=BehaviourConfig(
+            actor_layers=2,
+            critic_layers=2,
+            critic_units=256,
+            entropy_scale=1e-3,
+            optimizer=OptimizerConfig(learning_rate=1e-4, warmup_updates=500, max_grad_norm=100.0),
+        ),
+    )
+    return InGraphConfig("Breakout-MinAtar", agent, LoggingConfig(metrics_every=500), steps=100_000)
+
+
+def _xs() -> InGraphConfig:
+    return InGraphConfig("Breakout-MinAtar", AgentConfig(), LoggingConfig(metrics_every=500), steps=100_000)
+
+
+PRESETS: Mapping[str, Callable[[], InGraphConfig]] = {"tiny": _tiny, "small": _small, "xs": _xs}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags that most runs need."""
+
+    env: str
+    """Environment of gymnax, for example Catch-bsuite or Breakout-MinAtar, or MODULE:CLASS with gymnax's interface."""
+    preset: Literal["tiny", "small", "xs"]
+    """tiny: learns Catch in minutes on a laptop CPU. small: between the two, for MinAtar on a GPU. xs: the paper's
+    7 M-parameter model, 64 x 64 pixels. Other images are as small as the environment allows."""
+    steps: int
+    """Agent steps to train for."""
+    seed: int
+    """The first seed."""
+    seeds: int
+    """Agents to train in one program, of seeds SEED, SEED + 1, ...; each has its own run directory."""
+    devices: int | None
+    """GPUs of this machine to share the agents out to; as many as divide their number if not given."""
+    logdir: pathlib.Path
+    """Runs go to LOGDIR/ENV/PRESET/seedK-TIME."""
+    picture: pathlib.Path | None
+    """PNG of the learning curves of all seeds (needs matplotlib)."""
+    data: pathlib.Path | None
+    """JSON of the same."""
+    compilation_cache: pathlib.Path | None
+    """Where compiled programs are kept for the next run; None to keep none."""
+    resume: bool
+    """Continue the newest unfinished runs of this environment, preset and seeds; --no-resume starts new ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AllOptions(Options):
+    """The flags that most runs need, and every other field."""
+
+    agent: AgentConfig
+    logging: LoggingConfig
+    max_skipped_updates: int
+    """Stop after so many updates in a row whose loss or gradient was not finite; each is skipped and counted."""
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[AllOptions, InGraphConfig, jax_env.JaxEnv]:
+    """The options, the resolved configuration of the first seed, and the environment.
+
+    Raises:
+      ConfigError: for any mistake in `arguments`, with one line that names the flag.
+      SystemExit: with code 0 after --help or --help-all.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    preset = command_line.chosen(arguments, "preset", "tiny", tuple(PRESETS))
+    base = PRESETS[preset]()
+    for flag, kind in {"--help-all": AllOptions, "--help": Options, "-h": Options}.items():
+        if flag in arguments:
+            command_line.parse_plain(kind, ["--help"], PROGRAM, _DESCRIPTION, _defaults(kind, preset, base))
+    name = _env(arguments)
+    try:
+        env, params = jax_env.load(name)
+        shape = jax_env.board_shape(env, params)
+    except ConfigError as error:
+        raise ConfigError(f"--env: {error}") from None
+    base = dataclasses.replace(base, env=name, agent=fitted(base.agent, shape))
+    options = command_line.parse_plain(AllOptions, arguments, PROGRAM, None, _defaults(AllOptions, preset, base))
+    if not 1 <= options.seeds <= _MOST_SEEDS:
+        raise ConfigError(f"--seeds must be an integer from 1 to {_MOST_SEEDS}, got {options.seeds}")
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(InGraphConfig)}
+    try:
+        config = InGraphConfig(**fields)
+        shown = jax_env.JaxEnv(env, params, config.agent.world_model.autoencoder.image_size)
+    except ConfigError as error:
+        raise ConfigError(command_line.with_flags(str(error))) from None
+    channels = config.agent.world_model.autoencoder.image_channels
+    if channels != shape[2]:
+        raise ConfigError(
+            f"--agent.world-model.autoencoder.image-channels must be {shape[2]} for {name}, got {channels}"
+        )
+    return options, config, shown
+
+
+def fitted(agent: AgentConfig, board: tuple[int, int, int]) -> AgentConfig:
+    """The agent for an environment's boards [rows, columns, channels].
+
+    An image of fewer than 64 pixels becomes the smallest that the board fits into and that the autoencoder can halve.
+    """
+    autoencoder = agent.world_model.autoencoder
+    factor = 2 ** (len(autoencoder.depths) - 1)
+    least = -(-max(board[:2]) // factor) * factor
+    size = least if autoencoder.image_size < 64 else max(autoencoder.image_size, least)
+    autoencoder = dataclasses.replace(autoencoder, image_size=size, image_channels=board[2])
+    return dataclasses.replace(agent, world_model=dataclasses.replace(agent.world_model, autoencoder=autoencoder))
+
+
+def _env(arguments: Sequence[str]) -> str:
+    """What --env is given, before anything else is parsed, because it decides the defaults of others."""
+    for index, argument in enumerate(arguments):
+        if argument == "--env" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--env="):
+            return argument.removeprefix("--env=")
+    raise ConfigError("--env is missing; name a JAX environment, for example --env Catch-bsuite")
+
+
+def _defaults(kind: type[Any], preset: str, base: InGraphConfig) -> Any:
+    """The preset's values, as the defaults of the flags."""
+    values: dict[str, Any] = {
+        "env": base.env,
+        "preset": preset,
+        "steps": base.steps,
+        "seed": base.seed,
+        "seeds": 1,
+        "devices": None,
+        "logdir": pathlib.Path("runs"),
+        "picture": None,
+        "data": None,
+        "compilation_cache": command_line.compilation_cache(),
+        "resume": True,
+        "agent": base.agent,
+        "logging": base.logging,
+        "max_skipped_updates": base.max_skipped_updates,
+    }
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
