@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
-from drama_jax.backbones.mamba2 import _uniform_fan_in
-from drama_jax.backbones.residual import BLOCK_EPS, ResidualBackbone
+from drama_jax.backbones.parts import BLOCK_EPS, uniform_fan_in
+from drama_jax.backbones.residual import ResidualBackbone
 from drama_jax.config import BackboneConfig
 from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
@@ -62,10 +62,8 @@ class GruBlock(nn.Module):
         c, wide = self.config, at_least_float32(self.dtype)
         gates = 3 * c.mixer_size
         self.norm = rms_norm(BLOCK_EPS, wide)
-        self.in_proj = nn.Dense(
-            gates, use_bias=False, dtype=self.dtype, param_dtype=wide, kernel_init=_uniform_fan_in()
-        )
-        self.recurrent = self.param("recurrent", _uniform_fan_in(), (c.mixer_size, gates), wide)
+        self.in_proj = nn.Dense(gates, use_bias=False, dtype=self.dtype, param_dtype=wide, kernel_init=uniform_fan_in())
+        self.recurrent = self.param("recurrent", uniform_fan_in(), (c.mixer_size, gates), wide)
         self.gate_scale = self.param("gate_scale", nn.initializers.ones, (gates,), wide)
         self.gate_bias = self.param("gate_bias", nn.initializers.zeros, (gates,), wide)
         self.out_proj = nn.Dense(
@@ -73,7 +71,7 @@ class GruBlock(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             param_dtype=wide,
-            kernel_init=_uniform_fan_in(1.0 / c.num_layers),
+            kernel_init=uniform_fan_in(1.0 / c.num_layers),
         )
 
     def __call__(

@@ -19,8 +19,8 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax.backbones.causal_conv import CausalConv
-from drama_jax.backbones.mamba2 import _init_dt_bias, _uniform_fan_in
-from drama_jax.backbones.residual import BLOCK_EPS, ResidualBackbone
+from drama_jax.backbones.parts import BLOCK_EPS, init_dt_bias, uniform_fan_in
+from drama_jax.backbones.residual import ResidualBackbone
 from drama_jax.config import BackboneConfig
 from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
@@ -91,14 +91,14 @@ class MambaMixer(nn.Module):
         c, wide = self.config, at_least_float32(self.dtype)
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=wide)
         self.rank = -(-c.width // _CHANNELS_PER_RANK)
-        self.in_proj = dense(2 * c.inner_width, kernel_init=_uniform_fan_in())  # [x | z]
+        self.in_proj = dense(2 * c.inner_width, kernel_init=uniform_fan_in())  # [x | z]
         self.conv = CausalConv(c.conv_width, c.inner_width, self.dtype)
-        self.x_proj = dense(self.rank + 2 * c.state_dim, kernel_init=_uniform_fan_in())  # [step size | B | C]
-        self.dt_proj = dense(c.inner_width, kernel_init=_uniform_fan_in())
-        self.dt_bias = self.param("dt_bias", _init_dt_bias, (c.inner_width,), wide)
+        self.x_proj = dense(self.rank + 2 * c.state_dim, kernel_init=uniform_fan_in())  # [step size | B | C]
+        self.dt_proj = dense(c.inner_width, kernel_init=uniform_fan_in())
+        self.dt_bias = self.param("dt_bias", init_dt_bias, (c.inner_width,), wide)
         self.A_log = self.param("A_log", _init_log_decay, (c.inner_width, c.state_dim), wide)
         self.D = self.param("D", nn.initializers.ones, (c.inner_width,), wide)
-        self.out_proj = dense(c.width, kernel_init=_uniform_fan_in(1.0 / c.num_layers))
+        self.out_proj = dense(c.width, kernel_init=uniform_fan_in(1.0 / c.num_layers))
 
     def __call__(
         self, u: jax.Array, state: MambaLayerState, index: jax.Array | None = None

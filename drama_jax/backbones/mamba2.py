@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,15 +24,12 @@ from drama_jax import checks
 from drama_jax.backbones import gpu_rollout
 from drama_jax.backbones.causal_conv import CausalConv
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window, attend, open_window
+from drama_jax.backbones.parts import BLOCK_EPS, STEM_EPS, Stem, check_inputs, init_dt_bias, uniform_fan_in
 from drama_jax.config import BackboneConfig
 from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import segment_index, ssd, ssd_step
 
-_BLOCK_EPS = 1e-5
-_STEM_EPS = 1e-6
-_STEP_SIZES = (1e-3, 0.1)
-_SMALLEST_STEP_SIZE = 1e-4
 _DECAY_RATES = (1.0, 16.0)
 
 
@@ -64,7 +60,7 @@ class Mamba2Backbone(nn.Module):
         wide = at_least_float32(self.dtype)
         self.stem = Stem(self.config.width, self.num_actions, self.dtype)
         self.layers = [Block(self.config, self.dtype) for _ in range(self.config.num_layers)]
-        self.norm_f = rms_norm(_BLOCK_EPS, wide)
+        self.norm_f = rms_norm(BLOCK_EPS, wide)
 
     def initial_state(self, batch_size: int) -> Mamba2State:
         """The state before the first step of an episode: zeros."""
@@ -97,7 +93,7 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit.
         """
-        _check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        check_inputs(latent, action, segment_ids, axes=("B", "T"))
         if state is None:
             state = self.initial_state(latent.shape[0])
         self._check_state(state, latent.shape[0])
@@ -137,14 +133,14 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit, or the horizon is not positive.
         """
-        _check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        check_inputs(latent, action, segment_ids, axes=("B", "T"))
         checks.integers("backbone", horizon=horizon)
         index = None if segment_ids is None else segment_index(segment_ids)
         if classes is not None and gpu_rollout.serves(self.config, self.dtype, latent.shape[-1], classes):
             index = jnp.zeros(action.shape, jnp.int32) if index is None else index
             return gpu_rollout.open_window(
                 self.config, self.variables["params"], self.stem(latent, action), index,
-                horizon=horizon, classes=classes, eps=_BLOCK_EPS, dtype=self.dtype,
+                horizon=horizon, classes=classes, eps=BLOCK_EPS, dtype=self.dtype,
             )  # fmt: skip
         blocks = [
             functools.partial(layer.open_window, index=index, horizon=horizon, unrolled=unrolled)
@@ -169,12 +165,12 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit.
         """
-        _check_inputs(latent, action, None, axes=("B",))
+        check_inputs(latent, action, None, axes=("B",))
         self._check_state(state, latent.shape[0], Mamba2Window, gpu_rollout.GpuWindow)
         if isinstance(state, gpu_rollout.GpuWindow):
             feature, window = gpu_rollout.step(
                 self.config, self.variables["params"], latent.astype(self.dtype), action, state,
-                eps=(_STEM_EPS, _BLOCK_EPS),
+                eps=(STEM_EPS, BLOCK_EPS),
             )  # fmt: skip
             return feature.astype(at_least_float32(self.dtype)), window
         memories: tuple[Mamba2LayerState | Mamba2LayerWindow, ...] = state.layers
@@ -207,31 +203,6 @@ class Mamba2Backbone(nn.Module):
         return self.norm_f(residual), tuple(memories)
 
 
-class Stem(nn.Module):
-    """SiLU(RMSNorm(W [latent, one-hot action] + b)), [..., S] and [...] -> [..., D]."""
-
-    width: int
-    num_actions: int
-    dtype: jax.typing.DTypeLike
-
-    @nn.compact
-    def __call__(self, latent: jax.Array, action: jax.Array) -> jax.Array:
-        """Embeds latent and action in the residual stream."""
-        size, wide = latent.shape[-1], at_least_float32(self.dtype)
-        if self.has_variable("params", "kernel"):
-            rows = self.get_variable("params", "kernel").shape[0]
-            if rows != size + self.num_actions:
-                raise ValueError(
-                    f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
-                    f"A = {self.num_actions} actions"
-                )
-        kernel = self.param("kernel", _uniform_fan_in(), (size + self.num_actions, self.width), wide)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,), wide)
-        embedded = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
-        x = embedded + _rows(kernel[size:].astype(wide), action) + bias.astype(wide)
-        return nn.silu(rms_norm(_STEM_EPS, wide, name="norm")(x))
-
-
 class Block(nn.Module):
     """mixer(RMSNorm(residual)); the caller adds the result to the residual stream."""
 
@@ -240,7 +211,7 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         """Declares the sub-modules."""
-        self.norm = rms_norm(_BLOCK_EPS, at_least_float32(self.dtype))
+        self.norm = rms_norm(BLOCK_EPS, at_least_float32(self.dtype))
         self.mixer = Mamba2Mixer(self.config, self.dtype)
 
     def __call__(
@@ -273,13 +244,13 @@ class Mamba2Mixer(nn.Module):
         c, wide = self.config, at_least_float32(self.dtype)
         dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=wide)
         projected = 2 * c.inner_width + 2 * c.state_dim + c.num_heads  # [z | x | B | C | dt]
-        self.in_proj = dense(projected, kernel_init=_uniform_fan_in())
+        self.in_proj = dense(projected, kernel_init=uniform_fan_in())
         self.conv = CausalConv(c.conv_width, c.inner_width + 2 * c.state_dim, self.dtype)
-        self.dt_bias = self.param("dt_bias", _init_dt_bias, (c.num_heads,), wide)
+        self.dt_bias = self.param("dt_bias", init_dt_bias, (c.num_heads,), wide)
         self.A_log = self.param("A_log", _init_log_decay, (c.num_heads,), wide)
         self.D = self.param("D", nn.initializers.ones, (c.num_heads,), wide)
-        self.norm = rms_norm(_BLOCK_EPS, wide)
-        self.out_proj = dense(c.width, kernel_init=_uniform_fan_in(1.0 / c.num_layers))
+        self.norm = rms_norm(BLOCK_EPS, wide)
+        self.out_proj = dense(c.width, kernel_init=uniform_fan_in(1.0 / c.num_layers))
 
     def __call__(
         self, u: jax.Array, state: Mamba2LayerState, index: jax.Array | None = None
@@ -357,54 +328,9 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(gated))
 
 
-@jax.custom_vjp
-def _rows(table: jax.Array, row: jax.Array) -> jax.Array:
-    """table[row], with the gradient as a product with one-hot rows.
-
-    The automatic gradient is a scatter of thousands of rows onto a few, slow and in random order on a GPU.
-    """
-    return jnp.take(table, row, axis=0)
-
-
-def _rows_forward(table: jax.Array, row: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # The table rides along for its shape and dtype alone.
-    return _rows(table, row), (table, row)
-
-
-def _rows_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
-    table, row = saved
-    one_hot = jax.nn.one_hot(row.reshape(-1), table.shape[0], dtype=gradient.dtype)
-    flat = gradient.reshape(-1, table.shape[1])
-    return jnp.matmul(one_hot.T, flat, precision=jax.lax.Precision.HIGHEST), None
-
-
-_rows.defvjp(_rows_forward, _rows_backward)
-
-
 def _as_stored(x: jax.Array) -> jax.Array:
     """x, to be kept in its own dtype: XLA on a GPU moves the cast behind the memory and stores float32 otherwise."""
     return jax.lax.optimization_barrier(x)
-
-
-def _check_inputs(latent: jax.Array, action: jax.Array, segment_ids: jax.Array | None, axes: tuple[str, ...]) -> None:
-    checks.arrays(
-        "backbone",
-        latent=(latent, (*axes, "S"), "float"),
-        action=(action, axes, "integer"),  # indices, not one-hot
-        segment_ids=(segment_ids, axes, "integer or None"),
-    )
-
-
-def _uniform_fan_in(scale: float = 1.0) -> nn.initializers.Initializer:
-    """U(+-sqrt(scale / fan_in)); scale 1 is PyTorch's default for a linear layer."""
-    return nn.initializers.variance_scaling(scale / 3.0, "fan_in", "uniform")
-
-
-def _init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """Inverse softplus of log-uniform step sizes (Dao & Gu 2024, code)."""
-    low, high = map(math.log, _STEP_SIZES)
-    step_size = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), _SMALLEST_STEP_SIZE)
-    return step_size + jnp.log(-jnp.expm1(-step_size))
 
 
 def _init_log_decay(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

@@ -18,13 +18,11 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
-from drama_jax.backbones.mamba2 import Stem
+from drama_jax.backbones.parts import BLOCK_EPS, Stem, check_inputs
 from drama_jax.config import BackboneConfig
 from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import segment_index
-
-BLOCK_EPS = 1e-5
 
 
 @flax.struct.dataclass
@@ -156,13 +154,3 @@ class ResidualBackbone(nn.Module):
             checks.instances("backbone", state_layer=(given, type(wanted)))
             for name, array in vars(wanted).items():
                 checks.arrays("backbone, state", **{name: (getattr(given, name), array.shape, "float")})
-
-
-def check_inputs(latent: jax.Array, action: jax.Array, segment_ids: jax.Array | None, axes: tuple[str, ...]) -> None:
-    """Latents [.., S], actions [..] as indices, and segment ids fit."""
-    checks.arrays(
-        "backbone",
-        latent=(latent, (*axes, "S"), "float"),
-        action=(action, axes, "integer"),
-        segment_ids=(segment_ids, axes, "integer or None"),
-    )

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
-from drama_jax.backbones.mamba2 import _uniform_fan_in
-from drama_jax.backbones.residual import BLOCK_EPS, ResidualBackbone
+from drama_jax.backbones.parts import BLOCK_EPS, uniform_fan_in
+from drama_jax.backbones.residual import ResidualBackbone
 from drama_jax.backbones.transformer import layer_norm
 from drama_jax.backbones.wkv import wkv, wkv_step
 from drama_jax.config import BackboneConfig
@@ -136,11 +136,11 @@ class TimeMixing(nn.Module):
         self.decay_up = param("decay_up", small, (2 * rank, inner), wide)
         self.u = param("u", functools.partial(_init_u, depth=depth), (inner,), wide)
         self.receptance, self.key, self.value, self.gate = (
-            dense(inner, kernel_init=_uniform_fan_in()) for _ in range(4)
+            dense(inner, kernel_init=uniform_fan_in()) for _ in range(4)
         )
         self.head_scale = param("head_scale", nn.initializers.ones, (inner,), wide)
         self.head_bias = param("head_bias", nn.initializers.zeros, (inner,), wide)
-        self.out = dense(c.width, kernel_init=_uniform_fan_in(1.0 / c.num_layers))
+        self.out = dense(c.width, kernel_init=uniform_fan_in(1.0 / c.num_layers))
 
     def __call__(
         self, x: jax.Array, before: jax.Array, state: jax.Array, index: jax.Array | None
@@ -214,9 +214,9 @@ class ChannelMixing(nn.Module):
             (x + towards * self.param(f"shift_{name}", shift, (c.width,), wide)).astype(self.dtype)
             for name in ("key", "receptance")
         )
-        hidden = jnp.square(nn.relu(dense(c.feedforward_size, kernel_init=_uniform_fan_in(), name="key")(key)))
-        value = dense(c.width, kernel_init=_uniform_fan_in(1.0 / c.num_layers), name="value")(hidden)
-        gate = dense(c.width, kernel_init=_uniform_fan_in(), name="receptance")(receptance)
+        hidden = jnp.square(nn.relu(dense(c.feedforward_size, kernel_init=uniform_fan_in(), name="key")(key)))
+        value = dense(c.width, kernel_init=uniform_fan_in(1.0 / c.num_layers), name="value")(hidden)
+        gate = dense(c.width, kernel_init=uniform_fan_in(), name="receptance")(receptance)
         return nn.sigmoid(gate.astype(wide)) * value.astype(wide)
 
 

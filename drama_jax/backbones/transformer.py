@@ -23,8 +23,7 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
-from drama_jax.backbones.mamba2 import _rows, _uniform_fan_in
-from drama_jax.backbones.residual import check_inputs
+from drama_jax.backbones.parts import check_inputs, lookup, uniform_fan_in
 from drama_jax.config import BackboneConfig
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import segment_index
@@ -194,7 +193,7 @@ class TransformerBackbone(nn.Module):
     def _embed(self, latent: jax.Array, action: jax.Array, position: jax.Array) -> jax.Array:
         """The stream [.., D] before the first layer; past the last position something that nothing known depends on."""
         last = self.config.max_length - 1
-        return self.norm(self.stem(latent, action) + _rows(self.positions, jnp.minimum(position, last)))
+        return self.norm(self.stem(latent, action) + lookup(self.positions, jnp.minimum(position, last)))
 
     def _where_known(self, x: jax.Array, position: jax.Array, slots: int) -> jax.Array:
         """Features [.., D], NaN where there is no such position or slot."""
@@ -248,9 +247,9 @@ class TransformerStem(nn.Module):
                     f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
                     f"A = {self.num_actions} actions"
                 )
-        kernel = self.param("kernel", _uniform_fan_in(), (size + self.num_actions, self.width), wide)
+        kernel = self.param("kernel", uniform_fan_in(), (size + self.num_actions, self.width), wide)
         x = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
-        x = nn.relu(layer_norm(_STEM_EPS, wide, "norm")(x + _rows(kernel[size:].astype(wide), action)))
+        x = nn.relu(layer_norm(_STEM_EPS, wide, "norm")(x + lookup(kernel[size:].astype(wide), action)))
         return layer_norm(_STEM_EPS, wide, "norm_out")(linear(self.width, self.dtype, "out")(x).astype(wide))
 
 
@@ -339,7 +338,7 @@ def linear(
         use_bias=bias_from is not None,
         dtype=dtype,
         param_dtype=at_least_float32(dtype),
-        kernel_init=_uniform_fan_in(),
+        kernel_init=uniform_fan_in(),
         bias_init=uniform,
         name=name,
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, mamba2
+from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, mamba2, parts
 from drama_jax.config import BackboneConfig, preset
 from drama_jax.nn import rms_norm
 from tests.tools import lower_for_cuda, quick_jit
@@ -96,7 +96,7 @@ def test_stem_and_projection_equal_the_modules(dtype):
     latent = jax.nn.one_hot(jax.random.randint(KEY, (batch, groups), 0, classes), classes, dtype=dtype)
     latent = latent.reshape(batch, -1)
     action = jax.random.randint(KEY, (batch,), 0, actions)
-    module = mamba2.Stem(width, actions, dtype)
+    module = parts.Stem(width, actions, dtype)
     stem = jitter(module.init(KEY, latent, action)["params"])
     block_scale = jnp.exp(jax.random.normal(KEY, (width,)))
 

@@ -1,0 +1,94 @@
+"""What several backbones are made of: the stem, initialisers, and the check of their arguments.
+
+Shapes: S latent, A actions, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import jax.typing
+from flax import linen as nn
+
+from drama_jax import checks
+from drama_jax.nn import rms_norm
+from drama_jax.precision import at_least_float32
+
+BLOCK_EPS = 1e-5
+"""Of the norms of residual blocks, and of the last one."""
+STEM_EPS = 1e-6
+"""Of the stem's norm."""
+_STEP_SIZES = (1e-3, 0.1)
+_SMALLEST_STEP_SIZE = 1e-4
+
+
+class Stem(nn.Module):
+    """SiLU(RMSNorm(W [latent, one-hot action] + b)), [..., S] and [...] -> [..., D]."""
+
+    width: int
+    num_actions: int
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, action: jax.Array) -> jax.Array:
+        """Embeds latent and action in the residual stream."""
+        size, wide = latent.shape[-1], at_least_float32(self.dtype)
+        if self.has_variable("params", "kernel"):
+            rows = self.get_variable("params", "kernel").shape[0]
+            if rows != size + self.num_actions:
+                raise ValueError(
+                    f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
+                    f"A = {self.num_actions} actions"
+                )
+        kernel = self.param("kernel", uniform_fan_in(), (size + self.num_actions, self.width), wide)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), wide)
+        embedded = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
+        x = embedded + lookup(kernel[size:].astype(wide), action) + bias.astype(wide)
+        return nn.silu(rms_norm(STEM_EPS, wide, name="norm")(x))
+
+
+@jax.custom_vjp
+def lookup(table: jax.Array, row: jax.Array) -> jax.Array:
+    """table[row], with the gradient as a product with one-hot rows.
+
+    The automatic gradient is a scatter of thousands of rows onto a few, slow and in random order on a GPU.
+    """
+    return jnp.take(table, row, axis=0)
+
+
+def _rows_forward(table: jax.Array, row: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # The table rides along for its shape and dtype alone.
+    return lookup(table, row), (table, row)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    table, row = saved
+    one_hot = jax.nn.one_hot(row.reshape(-1), table.shape[0], dtype=gradient.dtype)
+    flat = gradient.reshape(-1, table.shape[1])
+    return jnp.matmul(one_hot.T, flat, precision=jax.lax.Precision.HIGHEST), None
+
+
+lookup.defvjp(_rows_forward, _rows_backward)
+
+
+def check_inputs(latent: jax.Array, action: jax.Array, segment_ids: jax.Array | None, axes: tuple[str, ...]) -> None:
+    checks.arrays(
+        "backbone",
+        latent=(latent, (*axes, "S"), "float"),
+        action=(action, axes, "integer"),  # indices, not one-hot
+        segment_ids=(segment_ids, axes, "integer or None"),
+    )
+
+
+def uniform_fan_in(scale: float = 1.0) -> nn.initializers.Initializer:
+    """U(+-sqrt(scale / fan_in)); scale 1 is PyTorch's default for a linear layer."""
+    return nn.initializers.variance_scaling(scale / 3.0, "fan_in", "uniform")
+
+
+def init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Inverse softplus of log-uniform step sizes (Dao & Gu 2024, code)."""
+    low, high = map(math.log, _STEP_SIZES)
+    step_size = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), _SMALLEST_STEP_SIZE)
+    return step_size + jnp.log(-jnp.expm1(-step_size))
