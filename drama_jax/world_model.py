@@ -105,6 +105,8 @@ def init(key: jax.Array, config: WorldModelConfig, num_actions: int) -> WorldMod
 
 def posterior(config: WorldModelConfig, state: WorldModelState, frames: jax.Array) -> jax.Array:
     """Log-probabilities of q(z | frame) in evaluation mode: uint8 [..., height, width, channels] -> [..., K, C]."""
+    checks.instances("world_model.posterior", config=(config, WorldModelConfig), state=(state, WorldModelState))
+    checks.arrays("world_model.posterior", frames=(frames, (..., *config.autoencoder.image_shape), "uint8"))
     embedding = embed(config, state, frames)
     return vae.posterior(config.autoencoder, state.params, embedding, dtype=compute_dtype(config))
 

@@ -32,9 +32,9 @@ CUTS: dict[str, list[tuple[int, int, int, int, int, int]]] = {
         (256, 16, 16, 32, 4, 256),
     ],
 }
-"""Largest N, and up to it the chunk, width, depth, warps, and how many programs the strips should make. In bfloat16, N to
-32 and to 128 are the fastest of `python -m benchmarks.ssd --tune`; the others, of the cuts tried with the compiler for
-an H100, those with the fewest registers spilt in both directions."""
+"""Largest N, and up to it the chunk, width, depth, warps, and how many programs the strips should make. In bfloat16, N
+to 32 and to 128 are the fastest of `python -m benchmarks.ssd --tune`; the others, of the cuts tried with the compiler
+for an H100, those with the fewest registers spilt in both directions."""
 ENOUGH = 256
 """Programs from which on `gradients` is not cut into strips: each strip then costs more than it gains."""
 LARGEST_HEAD_DIM, LARGEST_STATE_DIM = 128, 256

@@ -562,7 +562,7 @@ ARRAYS = [
     (lambda s: run_backbone(s, method="open_window", horizon=0), "backbone: horizon must be an integer from 1"),
     (
         lambda s: run_backbone(s, ones(2, 16), ints(2), method="step", state=None),
-        "backbone: state must be of type Mamba2State or Mamba2Window, got None",
+        "backbone: state must be of type Mamba2State or Mamba2Window or GpuWindow, got None",
     ),
     (lambda s: run_backbone(s, actions=True), "num_actions must be at least 1, an integer, got True"),
     (lambda s: vae.init(key(), WORLD), "vae.init: config must be of type AutoencoderConfig, got a WorldModelConfig"),
@@ -783,6 +783,9 @@ ARRAYS = [
     ),
     (lambda s: in_graph.run(MICRO, None, key(), steps=3), "in_graph.run: env must be of type JaxEnv, got None"),
     (lambda s: in_graph.run({}, None, key(), steps=3), "in_graph.run: config must be of type AgentConfig, got a dict"),
+    (lambda s: in_graph.begin(MICRO, "Catch", key()), "in_graph.begin: env must be of type JaxEnv, got 'Catch'"),
+    (lambda s: in_graph.play_randomly(None, 3, None), "in_graph.play_randomly: env must be of type JaxEnv, got None"),
+    (lambda s: in_graph.train(None, 3, s), "in_graph.train: env must be of type JaxEnv, got None"),
     (lambda s: evaluation.episodes_per_environment(-1, 2), "evaluation: episodes must be an integer from 0"),
     (lambda s: evaluation.episodes_per_environment(5, 0), "evaluation: num_envs must be an integer from 1"),
     (lambda s: scores.human_normalised(3, 1.0), "human_normalised: game must be of type str, got 3"),

@@ -24,7 +24,10 @@ from tests.tools import quick_jit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 # The second: the last strip lies behind the end.
-TILES = (Tiles(chunk=16, width=16, depth=32, strips=2), Tiles(chunk=16, width=32, depth=16, strips=4, backward_strips=3))
+TILES = (
+    Tiles(chunk=16, width=16, depth=32, strips=2),
+    Tiles(chunk=16, width=32, depth=16, strips=4, backward_strips=3),
+)
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=["blocks_of_p", "pieces_of_n"])
