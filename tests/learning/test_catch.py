@@ -11,48 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from drama_jax.config import (
-    AgentConfig,
-    AutoencoderConfig,
-    BackboneConfig,
-    BehaviourConfig,
-    ConfigError,
-    ImaginationConfig,
-    OptimizerConfig,
-    ReplayConfig,
-    WorldModelConfig,
-)
+from drama_jax.config import ConfigError
 from drama_jax.envs import jax_env
 from drama_jax.training import in_graph
+from experiments.jax_presets import PRESETS
 
 STEPS = 4000
 SEEDS = [int(seed) for seed in os.environ.get("CATCH_SEEDS", "0").split(",")]
-
-CONFIG = AgentConfig(
-    world_model=WorldModelConfig(
-        autoencoder=AutoencoderConfig(image_size=10, image_channels=1, depths=(8, 16), categoricals=8, classes=8),
-        backbone=BackboneConfig(width=64, num_layers=1, head_dim=32, chunk_size=32),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_updates=50),
-        head_units=64,
-        num_bins=63,
-        batch_size=4,
-        batch_length=18,
-        free_bits=0.3,
-    ),
-    imagination=ImaginationConfig(batch_size=48, context_length=2, horizon=9),
-    behaviour=BehaviourConfig(
-        actor_layers=1,
-        actor_units=64,
-        critic_layers=1,
-        critic_units=64,
-        num_bins=63,
-        entropy_scale=1e-2,
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_updates=50, max_grad_norm=100.0),
-    ),
-    replay=ReplayConfig(capacity=STEPS),
-    acting_context=9,
-    warmup_steps=200,
-)
+CONFIG = PRESETS["tiny"]().agent
 
 
 @pytest.fixture(scope="module")
