@@ -12,7 +12,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 
 def lower_for_cuda(function, *arguments):
-    """The program that an H100 would be given, as text; no GPU needed. The test must let the deprecation warning pass."""
+    """The program that an H100 would be given, as text; no GPU needed. A test must let the deprecation warning pass."""
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

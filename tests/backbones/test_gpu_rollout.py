@@ -36,7 +36,7 @@ def close(actual, expected, dtype):
 def mixer(request):
     module = mamba2.Mamba2Mixer(CONFIG, request.param)
     start = mamba2.Mamba2Backbone(CONFIG, 2, request.param).initial_state(B).layers[0]
-    return module, jitter(module.init(KEY, jnp.zeros((B, 2, 32)), start)), request.param
+    return module, jitter(quick_jit(module.init)(KEY, jnp.zeros((B, 2, 32)), start)), request.param
 
 
 def in_proj(module, variables, x):
@@ -50,16 +50,20 @@ def out_proj(module, variables, x):
 @pytest.mark.parametrize("time", [2, T])  # fewer steps than the convolution is wide, and more
 def test_context_and_steps_equal_the_mixer(mixer, time):
     module, variables, dtype = mixer
+    if time < T and dtype != jnp.float32:
+        pytest.skip("one dtype will do")
     weights = gpu_mixer.MixerWeights.of(variables["params"])
     u = jax.random.normal(KEY, (B, time, 32))
     index = jax.random.randint(KEY, (B, time), 0, 2).cumsum(axis=1).astype(jnp.int32)
-    expected, window = module.apply(variables, u, index, horizon=L, unrolled=False, method="open_window")
+    open_window = functools.partial(module.apply, horizon=L, unrolled=False, method="open_window")
+    expected, window = quick_jit(open_window)(variables, u, index)
+    plain_step = quick_jit(functools.partial(module.apply, method="step"))
     normed, mine = mixer_context(in_proj(module, variables, u), index, weights)
     close(out_proj(module, variables, normed), expected, dtype)
     close(mine.context_weights, window.weights[:, :time], dtype)
     for step in range(L):
         v = jax.random.normal(jax.random.key(step), (B, 32))
-        expected, window = module.apply(variables, v, window, method="step")
+        expected, window = plain_step(variables, v, window)
         normed, mine = mixer_step(in_proj(module, variables, v), mine, weights)
         close(out_proj(module, variables, normed), expected, dtype)
     before = mine.rollout
@@ -104,13 +108,15 @@ def test_stem_and_projection_equal_the_modules(dtype):
         return rms_norm(1e-5, jnp.float32).apply({"params": {"scale": block_scale}}, x)
 
     residual = module.apply({"params": stem}, latent, action)
-    mine = gpu_dense.embed(latent, action, stem, block_scale, classes=classes, eps=(1e-6, 1e-5), interpret=True)
+    embed = functools.partial(gpu_dense.embed, classes=classes, eps=(1e-6, 1e-5), interpret=True)
+    mine = quick_jit(embed)(latent, action, stem, block_scale)
     close(mine[0], residual, jnp.float32)
     close(mine[1], norm(residual), dtype)
 
     kernel = jax.random.normal(KEY, (latent.shape[1], width)).astype(dtype)
     total = residual + jnp.matmul(latent, kernel).astype(jnp.float32)
-    mine = gpu_dense.project(latent, kernel, residual, block_scale, eps=1e-5, interpret=True)
+    project = functools.partial(gpu_dense.project, eps=1e-5, interpret=True)
+    mine = quick_jit(project)(latent, kernel, residual, block_scale)
     close(mine[0], total, dtype)
     close(mine[1], norm(total), dtype)
     assert mine[0].dtype == jnp.float32 and mine[1].dtype == dtype
