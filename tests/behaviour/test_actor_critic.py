@@ -12,6 +12,7 @@ import pytest
 from drama_jax import optim
 from drama_jax.behaviour import actor_critic, normalisers, torch_names
 from drama_jax.config import BehaviourConfig, Fidelity, OptimizerConfig
+from tests.tools import quick_jit
 
 PAPER = Fidelity()
 RELEASED = Fidelity(
@@ -34,9 +35,9 @@ TINY = BehaviourConfig(
 )
 
 # Compiled once for all tests: configuration and fidelity are static.
-init = jax.jit(actor_critic.init, static_argnums=(1, 2, 3))
-update = jax.jit(actor_critic.update, static_argnums=(0, 1))
-differentiate = jax.jit(jax.value_and_grad(actor_critic.loss, argnums=2, has_aux=True), static_argnums=(0, 1))
+init = quick_jit(actor_critic.init, static_argnums=(1, 2, 3))
+update = quick_jit(actor_critic.update, static_argnums=(0, 1))
+differentiate = quick_jit(jax.value_and_grad(actor_critic.loss, argnums=2, has_aux=True), static_argnums=(0, 1))
 
 
 def _config(dtype):
@@ -125,7 +126,7 @@ def test_three_updates_golden(x64, golden):
         moved = before.replace(normaliser=normalisers.update(before.normaliser, batch[0]))
         logits = actor_critic.policy_logits(config, moved.params, moved.normaliser, batch[0])
         raw_values = actor_critic.value_logits(config, moved.params["critic"], batch[0])
-        losses = differentiate(config, RELEASED, moved.params, moved, *batch)
+        losses = differentiate.__wrapped__(config, RELEASED, moved.params, moved, *batch)
         result = actor_critic.update(config, RELEASED, before, *batch)
         return before.normaliser, sampled, logits, raw_values, losses, result
 
@@ -173,7 +174,7 @@ def test_optimizer_float32_golden(golden):
     optimizer = optim.make_optimizer(GOLDEN.optimizer)
     params = _networks(vectors, "param0/", jnp.float32, ("actor", "critic"))
     opt_state, delta = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
-    update = jax.jit(optimizer.update)
+    update = quick_jit(optimizer.update)
     for step in (1, 2, 3):
         gradients = _networks(vectors, f"step{step}/grad/", jnp.float32, ("actor", "critic"))
         steps, opt_state = update(gradients, opt_state, params)
@@ -225,7 +226,7 @@ def _override(state, batch, learning_rate, entropy_scale):
     return actor_critic.update(TINY, PAPER, state, *batch, learning_rate=learning_rate, entropy_scale=entropy_scale)
 
 
-alone = jax.jit(_override)
+alone = quick_jit(_override)
 
 
 def test_update_vmaps_over_seeds_and_overrides():
@@ -234,7 +235,7 @@ def test_update_vmaps_over_seeds_and_overrides():
     batches = jax.vmap(_tiny_batch)(keys)
     singles = [init(key, TINY, 6, 3) for key in keys]
     states = jax.tree.map(lambda *x: jnp.stack(x), *singles)
-    batched = jax.jit(jax.vmap(_override))
+    batched = quick_jit(jax.vmap(_override))
     for _ in range(2):
         states, metrics = batched(states, batches, *overrides)
         for i, single in enumerate(singles):
