@@ -35,7 +35,7 @@ class Short(Catch):
 NAME = f"{__name__}:Short"
 ARGUMENTS = f"""
 --env {NAME} --preset tiny --seed 3 --seeds 2 --steps {STEPS} --compilation-cache None --agent.warmup-steps {WARMUP}
---agent.acting-context 3 --agent.replay.capacity 20
+--agent.acting-context 4 --agent.replay.capacity 20
 --agent.world-model.autoencoder.depths 2 4 --agent.world-model.autoencoder.categoricals 4
 --agent.world-model.autoencoder.classes 4 --agent.world-model.batch-size 2 --agent.world-model.batch-length 6
 --agent.world-model.head-units 8 --agent.world-model.backbone.width 16 --agent.world-model.backbone.head-dim 8
@@ -86,7 +86,7 @@ def saved(directory):
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """seed -> (rewards, ends of episodes, metrics of every update, final agent), by a loop on the host."""
+    """seed -> (rewards, ends of episodes, metrics of updates, agent and acting at the end), by a loop on the host."""
     _, config, env = jax_presets.parse(ARGUMENTS)
     init = quick_jit(lambda key: agent.init(key, config.agent, env.num_actions))
     reset, play, act = quick_jit(env.reset), quick_jit(env.step), quick_jit(agent.act)
@@ -114,7 +114,7 @@ def by_hand():
                 metrics.append(values)
             rewards.append(float(outcome.reward))
             lasts.append(bool(outcome.last))
-        return rewards, lasts, jax.tree.map(lambda *values: np.stack(values), *metrics), state
+        return rewards, lasts, jax.tree.map(lambda *values: np.stack(values), *metrics), state, acting
 
     return {seed: loop(seed) for seed in SEEDS}
 
@@ -122,7 +122,7 @@ def by_hand():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_scan_over_all_seeds_is_the_loop_of_each(seed, logdir, by_hand):
     directory = run_of(logdir, seed)
-    rewards, lasts, metrics, state = by_hand[seed]
+    rewards, lasts, metrics, state, acting = by_hand[seed]
     ends = np.flatnonzero(lasts)
     np.testing.assert_array_equal(ends, [6, 13, 20])  # truncated after seven steps
     episodes = [line for line in lines_of(directory) if "charts/episodic_return" in line]
@@ -144,7 +144,9 @@ def test_the_scan_over_all_seeds_is_the_loop_of_each(seed, logdir, by_hand):
         counter = getattr(state.replay.counters, name)
         np.testing.assert_array_equal(found[f"agent/replay/counters/{name}"], counter)
     np.testing.assert_array_equal(found["agent/key"], jax.random.key_data(state.key))
-    assert found["episode_length"] == STEPS % 7
+    assert found["episode_length"] == STEPS % 7 == found["acting/length"].item()  # of four that it may have
+    for name, value in vars(acting).items():
+        np.testing.assert_array_equal(found[f"acting/{name}"], value, err_msg=name)
 
 
 def test_an_episode_that_is_cut_off_is_no_terminal_and_the_next_frame_starts_one(logdir):
