@@ -61,21 +61,23 @@ def collect(directories: Sequence[pathlib.Path]) -> dict[str, Any]:
         "preset": runs[0]["preset"],
         "steps": steps,
         "seeds": [run["seed"] for run in runs],
-        "final_returns": [_mean(run["training_returns"], steps - steps / LAST, steps) for run in runs],
-        "random_returns": [_mean(run["training_returns"], 0, min(warmup, steps)) for run in runs],
+        "final_returns": [mean_between(run["training_returns"], steps - steps / LAST, steps) for run in runs],
+        "random_returns": [mean_between(run["training_returns"], 0, min(warmup, steps)) for run in runs],
         "wall_clock_s": round(max(run["wall_clock_s"] for run in runs), 1),
         "device": runs[0]["device"],
         "commit": runs[0]["commit"],
         "versions": {name: text for name, text in runs[0]["versions"].items() if name != "platform"},
         "curve_steps": edges[1:].tolist(),
         "curves": [
-            [_mean(run["training_returns"], low, high) for low, high in itertools.pairwise(edges)] for run in runs
+            [mean_between(run["training_returns"], low, high) for low, high in itertools.pairwise(edges)]
+            for run in runs
         ],
         "config": configs[0]["config"],
     }
 
 
-def _mean(returns: Sequence[tuple[int, float]], after: float, until: float) -> float | None:
+def mean_between(returns: Sequence[tuple[int, float]], after: float, until: float) -> float | None:
+    """Mean return of the episodes that end after step `after`, up to `until`; None if there is none."""
     values = [value for step, value in returns if after < step <= until]
     return round(float(np.mean(values)), 4) if values else None
 

@@ -1,0 +1,221 @@
+"""Ablations of the paper's choices: one command each, several seeds, intervals, a table and a picture.
+
+    python -m experiments.ablate --what sampler --seeds 5 --out ablations/sampler
+    python -m experiments.ablate --what backbone --envs Breakout-MinAtar --preset small --seeds 5
+    python -m experiments.ablate --what sampler --game Breakout --seeds 3        # Atari, on a GPU
+
+| --what | variants |
+| --- | --- |
+| sampler | DFS, DFS with four times the temperatures, uniform sampling |
+| backbone | mamba2, mamba, gru, transformer, rwkv; with --game of equal size, else of equal width |
+| sequence-length | training sequences of 8, 32 and 128 steps, as many steps a batch as the preset has |
+| autoencoder | half the channels, the preset's, twice as many; with the error on small objects |
+
+Without --game every variant is a run of `experiments.jax_env` on each of --envs; with it, of `experiments.atari100k`.
+All runs lie under OUT/runs/VARIANT and continue if the command is repeated; OUT/WHAT.json, .md and .png are written
+when all are finished. An interval is a percentile bootstrap over the seeds (95 %).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from drama_jax.config import AgentConfig, ConfigError
+from drama_jax.training import scores
+from drama_jax.training.signals import stop_requested
+from experiments import ablation_runs, aggregate, figures
+from experiments.ablation_runs import Plan, Result
+from experiments.command_line import parse_plain
+from experiments.tables import markdown_table
+
+What = Literal["sampler", "backbone", "sequence-length", "autoencoder"]
+SAMPLER_TASKS = (
+    "Catch-bsuite",
+    "drama_jax.envs.catch_tasks:SparseCatch",
+    "drama_jax.envs.catch_tasks:SwitchingCatch",
+)
+"""A dense reward, a sparse one, and one that changes sign."""
+LENGTHS = (8, 32, 128)
+BACKBONES = ("mamba2", "mamba", "gru", "transformer", "rwkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared, where, and how often."""
+
+    what: What
+    """The part that is varied."""
+    envs: tuple[str, ...] = ()
+    """JAX environments, as of experiments.jax_env; none given: Catch, and for the sampler also a sparse and a switching
+    Catch."""
+    game: str | None = None
+    """An Atari game instead."""
+    preset: str | None = None
+    """Of experiments.jax_env (tiny if none is given), or with --game of experiments.atari100k (xs)."""
+    seeds: int = 3
+    steps: int | None = None
+    """Agent steps of each run; the preset's if not given."""
+    out: pathlib.Path = pathlib.Path("ablations")
+    """Directory for runs, table, data and picture."""
+    flags: str = ""
+    """More flags for every run, in one string: --flags="--agent.warmup-steps 100"."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the ablation; returns the exit code: 0 finished or stopped and saved, 1 a run failed, 2 a user's mistake."""
+    try:
+        options = parse_plain(Options, arguments, "python -m experiments.ablate", __doc__)
+        figures.import_figure()
+        with stop_requested() as stop:
+            results = run(options, stop)
+        if results is None:
+            print("stopped; the same command continues", flush=True)
+            return 0
+        print(write(options, results))
+    except (ConfigError, ablation_runs.Failed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def run(options: Options, stop: Callable[[], bool] = lambda: False) -> list[Result] | None:
+    """All runs of all variants, one after the other; None if `stop` has ended it.
+
+    Raises:
+      ConfigError: if a flag is wrong; the first run says so before anything is begun.
+      ablation_runs.Failed: if a run failed.
+    """
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.game is not None and options.envs:
+        raise ConfigError("--game and --envs exclude each other; give one of them")
+    plans = [plan for name in names(options) for plan in plans_of(options, name)]
+    for plan in plans:
+        ablation_runs.check(plan)
+    results = []
+    for plan in plans:
+        result = ablation_runs.run(plan, stop)
+        if result is None:
+            return None
+        results.append(result)
+    return results
+
+
+def names(options: Options) -> tuple[str, ...]:
+    """The environments or the game."""
+    if options.game is not None:
+        return (options.game,)
+    return options.envs or (SAMPLER_TASKS if options.what == "sampler" else SAMPLER_TASKS[:1])
+
+
+def plans_of(options: Options, name: str) -> list[Plan]:
+    """A plan for each variant on one environment or game."""
+    preset = options.preset or ("tiny" if options.game is None else "xs")
+    agent = ablation_runs.agent_of(name, preset, atari=options.game is not None)
+    steps = [] if options.steps is None else ["--steps", str(options.steps)]
+    return [
+        Plan(
+            name=name,
+            variant=variant,
+            atari=options.game is not None,
+            objects=options.what == "autoencoder" and options.game is None,
+            arguments=(
+                *("--game" if options.game else "--env", name, "--preset", preset, "--seeds", str(options.seeds)),
+                *("--logdir", str(options.out / "runs" / variant.replace(" ", "-")), *steps, *flags),
+                *options.flags.split(),
+            ),
+        )
+        for variant, flags in variants(options.what, agent, atari=options.game is not None).items()
+    ]
+
+
+def variants(what: What, agent: AgentConfig, *, atari: bool) -> dict[str, list[str]]:
+    """Name of each variant -> its flags, for an agent configuration."""
+    model, replay = agent.world_model, agent.replay
+    if what == "sampler":
+        hot = {"tau": 4 * replay.tau, "imagination-tau": 4 * replay.imagination_tau}
+        hot_flags = [word for name, value in hot.items() for word in (f"--agent.replay.{name}", str(value))]
+        return {"DFS": [], "DFS, 4 tau": hot_flags, "uniform": ["--agent.replay.sampler", "uniform"]}
+    if what == "backbone":
+        flag = "--backbone" if atari else "--agent.world-model.backbone.name"
+        return {name: [flag, name] for name in BACKBONES}
+    prefix = "--agent.world-model"
+    if what == "sequence-length":
+        total = model.batch_size * model.batch_length
+        sizes = {length: max(1, total // length) for length in LENGTHS}
+        return {
+            f"{length} steps": [f"{prefix}.batch-length", str(length), f"{prefix}.batch-size", str(size)]
+            for length, size in sizes.items()
+        }
+    depths = model.autoencoder.depths
+    return {
+        name: [f"{prefix}.autoencoder.depths", *(str(max(1, int(factor * depth))) for depth in depths)]
+        for name, factor in (("half the channels", 0.5), ("channels of the preset", 1), ("twice the channels", 2))
+    }
+
+
+def write(options: Options, results: Sequence[Result]) -> str:
+    """Writes data, table and picture to OUT; returns the table."""
+    text = table(options.what, results)
+    base = options.out / options.what
+    data = {"what": options.what, "runs": [dataclasses.asdict(result) for result in results]}
+    try:
+        scores.write(base.with_suffix(".json"), data)
+        base.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        draw(results, base.with_suffix(".png"))
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be written ({error.strerror})") from error
+    return text
+
+
+def table(what: str, results: Sequence[Result]) -> str:
+    """A row per environment and variant: final return with its interval, time a step, errors of the autoencoder."""
+    objects = any(result.object_errors for result in results)
+    head = ["", what, "final return", "95 %", "ms per step", "parameters", "reconstruction loss"]
+    head += ["error on objects", "elsewhere"] if objects else []
+    body = []
+    for result in results:
+        final = [value for value in result.final_returns if value is not None]
+        row = [result.name.rpartition(":")[2], result.variant, f"{np.mean(final):.2f}" if final else ""]
+        row += [interval(final), f"{result.ms_per_step:.1f}", f"{result.parameters:,}", f"{result.reconstruction:.3g}"]
+        if objects:
+            row += [f"{np.mean([pair[part] for pair in result.object_errors]):.4f}" for part in (0, 1)]
+        body.append(row)
+    return markdown_table(head, body)
+
+
+def interval(values: Sequence[float]) -> str:
+    """The bootstrap interval of a mean; empty for fewer than two values."""
+    if len(values) < 2:
+        return ""
+    found: Mapping[str, aggregate.Estimate] = aggregate.estimate({"": list(values)})
+    bounds = found["mean"].interval
+    return "" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+
+
+def draw(results: Sequence[Result], path: pathlib.Path) -> None:
+    """A panel per environment, a curve per variant: the mean over its seeds, and their range."""
+    places = list(dict.fromkeys(result.name for result in results))
+    picture = figures.import_figure()(figsize=(4.6 * len(places), 3.4), layout="constrained")
+    for axis, name in zip(np.atleast_1d(picture.subplots(1, len(places))), places):
+        for result in (result for result in results if result.name == name):
+            steps, curves = np.asarray(result.curve_steps), np.asarray(result.curves, np.float64)
+            known = np.isfinite(curves).all(axis=0)
+            (line,) = axis.plot(steps[known], curves[:, known].mean(axis=0), label=result.variant)
+            low, high = curves[:, known].min(axis=0), curves[:, known].max(axis=0)
+            axis.fill_between(steps[known], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set_title(name.rpartition(":")[2])
+        axis.set_xlabel("agent steps")
+        axis.set_ylabel("return of an episode")
+        axis.legend(fontsize=7)
+    picture.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The runs of one variant of `experiments.ablate`, and what they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from drama_jax import agent
+from drama_jax.config import AgentConfig, ConfigError
+from drama_jax.config import preset as atari_preset
+from drama_jax.envs.jax_env import JaxEnv
+from drama_jax.training import checkpoint, in_graph, weights
+from experiments import atari100k, command_line, jax_curves, jax_env, jax_presets
+from experiments.jax_env import Failed
+
+__all__ = ["Failed", "Plan", "Result", "agent_of", "check", "object_errors", "run"]
+
+_PROGRAM = "python -m experiments.ablate"
+_SHOWN = 512
+"""Random steps whose frames the error on objects is measured on."""
+_DIFFERENT = 0.05
+"""How far a pixel is from its median over all frames where something is on it; 1 is from black to white."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The runs of a variant: one command with all its seeds."""
+
+    name: str
+    """The environment or the game."""
+    variant: str
+    arguments: tuple[str, ...]
+    """Of `experiments.jax_env` or `experiments.atari100k`."""
+    atari: bool
+    objects: bool
+    """Whether to measure the autoencoder's error on small objects."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the runs of a variant came to; a list has an entry per seed."""
+
+    name: str
+    variant: str
+    steps: int
+    final_returns: list[float | None]
+    """Mean over the episodes of the last tenth; with --game, of the evaluation."""
+    curve_steps: list[float]
+    curves: list[list[float | None]]
+    ms_per_step: float
+    """Wall clock over steps and seeds, compilation included."""
+    parameters: int
+    """Of world model, actor and critic."""
+    reconstruction: float
+    """Mean loss over the last tenth of the steps and the seeds."""
+    object_errors: list[tuple[float, float]]
+    """Mean squared error of the reconstruction, 0..1 a pixel, where something is and elsewhere; [] if not measured."""
+    device: str
+    commit: str | None
+
+
+def agent_of(name: str, preset: str, *, atari: bool) -> AgentConfig:
+    """The agent that the variants vary.
+
+    Raises:
+      ConfigError: if there is no such environment or preset.
+    """
+    if atari:
+        return atari_preset(preset).agent
+    return jax_presets.parse(["--env", name, "--preset", preset])[1].agent
+
+
+def check(plan: Plan) -> None:
+    """Raises a ConfigError if the command would; begins nothing."""
+    if plan.atari:
+        command_line.plan(*command_line.parse(list(plan.arguments), _PROGRAM))
+    else:
+        jax_presets.parse(plan.arguments)
+
+
+def run(plan: Plan, stop: Callable[[], bool]) -> Result | None:
+    """Runs what is left of a variant; None if `stop` has ended it.
+
+    Raises:
+      ConfigError: if it cannot start.
+      Failed: if it failed on the way.
+    """
+    if plan.atari:
+        directories = _atari(plan)
+        errors: list[tuple[float, float]] = []
+    else:
+        options, config, env = jax_presets.parse(plan.arguments)
+        directories = _finished(plan, options.logdir, range(config.seed, config.seed + options.seeds), config.steps)
+        directories = directories or jax_env.run(options, config, env, stop) or []
+        errors = [object_errors(path, config.agent, env) for path in directories] if plan.objects else []
+    return _result(plan, directories, errors) if directories else None
+
+
+def _atari(plan: Plan) -> list[pathlib.Path]:
+    """The run directories of all seeds, trained and evaluated; [] if a signal has ended it."""
+    options, config = command_line.parse(list(plan.arguments), _PROGRAM)
+    wanted = options.logdir, range(config.seed, config.seed + options.seeds), config.steps
+    if not _finished(plan, *wanted) and atari100k.main(plan.arguments) != 0:
+        raise Failed(f"{plan.name}, {plan.variant}: the run failed, see above")
+    return _finished(plan, *wanted)
+
+
+def _finished(plan: Plan, logdir: pathlib.Path, seeds: Sequence[int], steps: int) -> list[pathlib.Path]:
+    """The newest finished run of each seed; [] if one has none."""
+    name, found = plan.name.rpartition(":")[2], []
+    for seed in seeds:
+        paths = sorted(logdir.glob(f"{name}/*/seed{seed}-*/scores.json"), reverse=True)
+        found += [path.parent for path in paths if json.loads(path.read_text(encoding="utf-8"))["steps"] == steps][:1]
+    return found if len(found) == len(seeds) else []
+
+
+def _result(plan: Plan, directories: Sequence[pathlib.Path], errors: list[tuple[float, float]]) -> Result:
+    summaries = [json.loads((path / "scores.json").read_text(encoding="utf-8")) for path in directories]
+    lines = [_lines(path) for path in directories]
+    steps = int(max(line["step"] for line in lines[0]))
+    edges = np.linspace(0, steps, 41)
+    episodes = [jax_curves.episodes(path) for path in directories]
+    if plan.atari:
+        final = [summary["mean"] for summary in summaries]
+    else:
+        final = [jax_curves.mean_between(one, 0.9 * steps, steps) for one in episodes]
+    tag = "world_model/reconstruction_loss"
+    losses = [line[tag] for rows in lines for line in rows if tag in line and line["step"] > 0.9 * steps]
+    seconds = max(summary["training_s" if plan.atari else "wall_clock_s"] for summary in summaries)
+    return Result(
+        name=plan.name,
+        variant=plan.variant,
+        steps=steps,
+        final_returns=final,
+        curve_steps=edges[1:].tolist(),
+        curves=[
+            [jax_curves.mean_between(one, low, high) for low, high in itertools.pairwise(edges)] for one in episodes
+        ],
+        ms_per_step=1e3 * seconds / steps / len(directories),
+        parameters=_parameters(checkpoint.load_weights(directories[0])),
+        reconstruction=float(np.mean(losses)) if losses else float("nan"),
+        object_errors=errors,
+        device=str(summaries[0].get("device", "")),
+        commit=summaries[0].get("commit"),
+    )
+
+
+def _lines(directory: pathlib.Path) -> list[dict[str, Any]]:
+    text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _parameters(loaded: dict[str, Any]) -> int:
+    """Numbers under every "params"."""
+    parts = [loaded[part]["params"] for part in ("world_model", "behaviour")]
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(parts))
+
+
+def object_errors(directory: pathlib.Path, config: AgentConfig, env: JaxEnv) -> tuple[float, float]:
+    """Mean squared error of a run's reconstructions, where something is and elsewhere.
+
+    Something is on a pixel that differs from its median over the frames of random play: ball, paddle, bricks that are
+    hit. The mean over all pixels says little about them, because they are few.
+
+    Args:
+      directory: of a finished run.
+      config: of its agent.
+      env: its environment.
+    """
+    small = dataclasses.replace(config, replay=dataclasses.replace(config.replay, capacity=_SHOWN))
+
+    @jax.jit
+    def reconstructed(loaded: Any) -> tuple[jax.Array, jax.Array]:
+        loop, _ = in_graph.play_randomly(env, _SHOWN, in_graph.begin(small, env, jax.random.key(1)))
+        frames = loop.agent.replay.frames
+        return frames, agent.reconstruct(weights.into(loop.agent, loaded), frames, jax.random.key(2))
+
+    frames, shown = jax.device_get(reconstructed(checkpoint.load_weights(directory)))
+    target = frames.astype(np.float32) / 255
+    something = np.abs(target - np.median(target, axis=0)) > _DIFFERENT
+    error = np.square(shown - target)
+    if something.all() or not something.any():
+        raise ConfigError("the frames of random play show no objects on a background; measure on another environment")
+    return float(error[something].mean()), float(error[~something].mean())

@@ -1,0 +1,131 @@
+"""`experiments.ablate`: what is varied, one whole ablation at the smallest size, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from drama_jax.config import preset
+from experiments import ablate, ablation_runs
+
+MICRO = """
+--compilation-cache None --agent.warmup-steps 14 --agent.acting-context 3 --agent.replay.capacity 40
+--agent.world-model.autoencoder.categoricals 4 --agent.world-model.autoencoder.classes 4
+--agent.world-model.head-units 8 --agent.world-model.backbone.width 16 --agent.world-model.backbone.head-dim 8
+--agent.world-model.backbone.chunk-size 8 --agent.world-model.batch-size 2 --agent.world-model.batch-length 6
+--agent.imagination.batch-size 4 --agent.imagination.horizon 3 --agent.behaviour.actor-units 8
+--agent.behaviour.critic-units 8 --logging.metrics-every 8 --logging.no-progress
+"""
+AGENT = preset("xs").agent
+
+
+def result(**fields):
+    """A result of two seeds."""
+    values = {
+        "name": "module:Catch",
+        "variant": "DFS",
+        "steps": 100,
+        "final_returns": [1.0, 0.5],
+        "curve_steps": [50.0, 100.0],
+        "curves": [[0.0, 1.0], [None, 0.5]],
+        "ms_per_step": 12.34,
+        "parameters": 12345,
+        "reconstruction": 1.5,
+        "object_errors": [],
+        "device": "cpu",
+        "commit": None,
+    }
+    return ablation_runs.Result(**(values | fields))
+
+
+def test_the_sampler_varies_its_kind_and_temperature():
+    found = ablate.variants("sampler", AGENT, atari=False)
+    assert list(found) == ["DFS", "DFS, 4 tau", "uniform"]
+    assert found["DFS, 4 tau"] == ["--agent.replay.tau", "40.0", "--agent.replay.imagination-tau", "40.0"]
+    assert found["uniform"] == ["--agent.replay.sampler", "uniform"]
+
+
+def test_sequences_of_any_length_make_batches_of_as_many_steps():
+    for flags in ablate.variants("sequence-length", AGENT, atari=False).values():
+        assert int(flags[1]) * int(flags[3]) == AGENT.world_model.batch_size * AGENT.world_model.batch_length
+
+
+def test_channels_are_halved_and_doubled():
+    half, same, double = (flags[1:] for flags in ablate.variants("autoencoder", AGENT, atari=False).values())
+    assert same == [str(depth) for depth in AGENT.world_model.autoencoder.depths]
+    assert [2 * int(depth) for depth in half] == [int(depth) for depth in same]
+    assert double == [str(2 * int(depth)) for depth in same]
+
+
+def test_backbones_are_of_one_size_in_atari():
+    flags = ablate.variants("backbone", AGENT, atari=True)
+    assert flags["rwkv"] == ["--backbone", "rwkv"] and len(flags) == 5
+
+
+def test_the_sampler_is_tried_on_three_rewards():
+    options = ablate.Options(what="sampler", steps=30)
+    plans = [plan for name in ablate.names(options) for plan in ablate.plans_of(options, name)]
+    assert len(plans) == 9 and {plan.name.rpartition(":")[2] for plan in plans} == {
+        "Catch-bsuite",
+        "SparseCatch",
+        "SwitchingCatch",
+    }
+    for plan in plans:
+        ablation_runs.check(plan)
+    assert plans[2].arguments[-4:] == ("--steps", "30", "--agent.replay.sampler", "uniform")
+
+
+def test_table_and_interval():
+    lines = ablate.table("sampler", [result(), result(variant="uniform", final_returns=[None, None])]).splitlines()
+    assert lines[2] == "| Catch | DFS | 0.75 | 0.50 to 1.00 | 12.3 | 12,345 | 1.5 |"
+    assert lines[3].startswith("| Catch | uniform |  |  |")
+    assert ablate.interval([1.0]) == ""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Where an ablation with one variant has run to its end."""
+    path = tmp_path_factory.mktemp("ablation")
+    arguments = ["--what", "autoencoder", "--seeds", "2", "--steps", "30", "--out", str(path), f"--flags={MICRO}"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"small": ["--agent.world-model.autoencoder.depths", "2", "4"]}
+        patch.setattr(ablate, "variants", lambda *_, **__: small)
+        assert ablate.main(arguments) == 0
+        patch.setattr(ablation_runs.jax_env, "train", lambda *_: pytest.fail("finished runs are not run again"))
+        assert ablate.main(arguments) == 0
+    jax.config.update("jax_disable_most_optimizations", False)
+    return path
+
+
+def test_a_whole_ablation_leaves_data_table_and_picture(out):
+    (data,) = json.loads((out / "autoencoder.json").read_text())["runs"]
+    assert (data["steps"], len(data["final_returns"]), len(data["curves"])) == (30, 2, 2)
+    assert data["parameters"] > 1000 and np.isfinite(data["reconstruction"])
+    # An untrained autoencoder is grey everywhere.
+    for objects, elsewhere in data["object_errors"]:
+        assert 0.1 < objects < 0.5 and 0.1 < elsewhere < 0.5
+    assert "| small |" in (out / "autoencoder.md").read_text()
+    assert (out / "autoencoder.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(out.glob("runs/small/Catch-bsuite/tiny/seed*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--what taste", "--what"),
+        ("--what sampler --seeds 0", "--seeds must be at least 1, got 0"),
+        ("--what sampler --envs Katch", "gymnax has no environment 'Katch'"),
+        ("--what sampler --envs Catch-bsuite --game Pong", "--game and --envs exclude each other"),
+        ("--what sampler --game Pong --preset medium", "unknown preset 'medium'"),
+        ("--what sampler --flags=--agent.tau=3", "--agent.tau"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, message):
+    assert ablate.main([*flags.split(), "--out", str(tmp_path / "new")]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "new").exists()
