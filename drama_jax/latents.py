@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from drama_jax import distributions, vae, world_model
+from drama_jax import checks, distributions, vae, world_model
 from drama_jax.config import WorldModelConfig
 from drama_jax.nn import gpu_sample
 
@@ -30,6 +30,11 @@ def sample_prior(config: WorldModelConfig, params: Any, key: jax.Array, features
       key: consumed.
       features: d_t.
     """
+    function = "latents.sample_prior"
+    checks.instances(function, config=(config, WorldModelConfig))
+    checks.parts(function, "params", params, "prior_head")
+    checks.key(function, key)
+    checks.arrays(function, features=(features, (..., config.backbone.width), "float"))
     raw = _product(features.astype(world_model.compute_dtype(config)), params["prior_head"])
     if gpu_sample.serves(key, raw, config.autoencoder.classes):
         return _by_kernel(config, key, raw, params["prior_head"])
@@ -50,6 +55,7 @@ def sample_posterior(
     Returns:
       [..., S] in the compute dtype.
     """
+    checks.key("latents.sample_posterior", key)
     embedding = world_model.embed(config, state, frames)
     raw = _product(embedding, state.params["posterior_head"])
     if gpu_sample.serves(key, raw, config.autoencoder.classes):

@@ -106,7 +106,11 @@ def sample_actions(
     Returns:
       [B] int32.
     """
-    checks.parts("behaviour.sample_actions", "params", params, "actor")
+    function = "behaviour.sample_actions"
+    checks.instances(function, config=(config, BehaviourConfig), normaliser=(normaliser, normalisers.InputNormaliser))
+    checks.parts(function, "params", params, "actor")
+    checks.key(function, key)
+    checks.arrays(function, **{f"parts[{i}]": (part, ("B", f"F{i}"), "float") for i, part in enumerate(parts)})
     if gpu_actor.serves(key, parts, params["actor"]):
         return gpu_actor.choose_actions(key, parts, normaliser, params["actor"])
     logits = policy_logits(config, params, normaliser, jnp.concatenate(list(parts), axis=-1))

@@ -28,6 +28,7 @@ from drama_jax import (
     distributions,
     imagination,
     interop,
+    latents,
     nn,
     optim,
     replay,
@@ -595,6 +596,21 @@ ARRAYS = [
     (
         lambda s: of_state(s, "posterior", frames(16, 16)),
         "world_model.posterior: frames must be uint8 [..., 16, 16, 3], got",
+    ),
+    (lambda s: of_state(s, "embed", frames(16, 16)), "world_model.embed: frames must be uint8 [..., 16, 16, 3], got"),
+    (
+        lambda s: latents.sample_prior(WORLD, s.world_model.params, key(), ones(2, 3)),
+        "latents.sample_prior: features must be float [..., 16], got float32 [2, 3]",
+    ),
+    (
+        lambda s: latents.sample_posterior(WORLD, s.world_model, 3, frames(2, 16, 16, 3)),
+        "latents.sample_posterior: key must be one PRNG key",
+    ),
+    (
+        lambda s: behaviour.sample_actions(
+            MICRO.behaviour, s.behaviour.params, s.behaviour.normaliser, [ones(2, 3), ones(3, 3)], key()
+        ),
+        "behaviour.sample_actions: parts[1] must be float [B, F1], here [2, F1], got float32 [3, 3]",
     ),
     (
         lambda s: of_state(s, "decode", ones(2, 4, 4)),
