@@ -12,9 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import checks, world_model
+from drama_jax import action_space, checks, world_model
+from drama_jax.action_space import Continuous
 from drama_jax.agent_state import AgentState, policy_input, sample_latent
-from drama_jax.behaviour import actor_critic
+from drama_jax.behaviour import actor_critic, policies
 from drama_jax.latents import sample_prior
 from drama_jax.precision import at_least_float32
 
@@ -23,8 +24,8 @@ from drama_jax.precision import at_least_float32
 class Acting:
     """The steps of the running episode that the policy's state is computed from, in each of E environments."""
 
-    frames: jax.Array  # [E, context, height, width, channels] uint8, newest last
-    actions: jax.Array  # [E, context] int32
+    frames: jax.Array  # [E, context, height, width, channels] uint8 (or [E, context, O] float32), newest last
+    actions: jax.Array  # [E, context] int32, or [E, context, A] float32
     length: jax.Array  # [E] int32, how many of the last entries are valid
 
 
@@ -36,7 +37,7 @@ class EncodedActing:
     """
 
     log_probs: jax.Array  # [E, context, K, C] at least float32, posteriors of the frames, newest last
-    actions: jax.Array  # [E, context] int32
+    actions: jax.Array  # [E, context] int32, or [E, context, A] float32
     length: jax.Array  # [E] int32, how many of the last entries are valid
 
 
@@ -48,10 +49,10 @@ def initial_acting(state: AgentState, num_envs: int) -> Acting:
     checks.instances("agent.initial_acting", state=(state, AgentState))
     checks.integers("agent.initial_acting", num_envs=num_envs)
     context = state.config.acting_context
-    shape = state.config.world_model.autoencoder.image_shape
+    ae = state.config.world_model.autoencoder
     return Acting(
-        frames=jnp.zeros((num_envs, context, *shape), jnp.uint8),
-        actions=jnp.zeros((num_envs, context), jnp.int32),
+        frames=jnp.zeros((num_envs, context, *ae.frame_shape), ae.frame_dtype),
+        actions=action_space.zeros(state.num_actions, (num_envs, context)),
         length=jnp.zeros((num_envs,), jnp.int32),
     )
 
@@ -64,7 +65,7 @@ def initial_encoded_acting(state: AgentState, num_envs: int) -> EncodedActing:
     shape = (num_envs, context, wm.autoencoder.categoricals, wm.autoencoder.classes)
     return EncodedActing(
         log_probs=jnp.zeros(shape, at_least_float32(world_model.compute_dtype(wm))),
-        actions=jnp.zeros((num_envs, context), jnp.int32),
+        actions=action_space.zeros(state.num_actions, (num_envs, context)),
         length=jnp.zeros((num_envs,), jnp.int32),
     )
 
@@ -80,18 +81,18 @@ def act(
 
     Args:
       acting: context of the previous steps, `Acting` or `EncodedActing`; the same actions come of both.
-      frames: [E, height, width, channels] uint8, the current frames.
+      frames: [E, height, width, channels] uint8, or [E, O] float32, the current frames.
       key: consumed.
       first: [E] bool, the frame starts an episode; clears that environment's context.
-      greedy: take the most likely action instead of sampling one (static).
+      greedy: take the most likely action (if continuous, the median one) instead of sampling one (static).
 
     Returns:
-      Actions [E] int32 and the context including this step.
+      Actions [E] int32, or [E, A] float32, and the context including this step.
     """
     checks.instances("agent.act", state=(state, AgentState), acting=(acting, (Acting, EncodedActing)))
     checks.key("agent.act", key)
-    image = state.config.world_model.autoencoder.image_shape
-    checks.arrays("agent.act", {"E": acting.length.shape[0]}, frames=(frames, ("E", *image), "uint8"))
+    ae = state.config.world_model.autoencoder
+    checks.arrays("agent.act", {"E": acting.length.shape[0]}, frames=(frames, ("E", *ae.frame_shape), ae.frame_dtype))
     checks.arrays("agent.act", {"E": acting.length.shape[0]}, first=(first, ("E",), "bool"))
     posterior_key, prior_key, action_key, random_key = jax.random.split(key, 4)
     length = jnp.where(first, 0, acting.length)
@@ -102,10 +103,16 @@ def act(
     logits = actor_critic.policy_logits(
         state.config.behaviour, state.behaviour.params, state.behaviour.normaliser, inputs
     )
-    actions = jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(action_key, logits)
+    continuous = isinstance(state.num_actions, Continuous)
+    if greedy:
+        actions = policies.greedy(logits, continuous=continuous)
+    else:
+        actions = policies.sample(action_key, logits, continuous=continuous)
     if not state.config.fidelity.first_action_from_policy:
-        actions = jnp.where(empty, jax.random.randint(random_key, empty.shape, 0, state.num_actions), actions)
-    actions = actions.astype(jnp.int32)
+        random = action_space.uniform(random_key, state.num_actions, empty.shape)
+        actions = jnp.where(_column(empty, actions), random, actions)
+    if not continuous:
+        actions = actions.astype(jnp.int32)
     later = dataclasses.replace(
         remembered,
         actions=jnp.concatenate([acting.actions[:, 1:], actions[:, None]], axis=1),
@@ -122,22 +129,26 @@ def _posteriors(
     The current frame borrows the newest slot of an empty context, which has no use for it.
     """
     wm = state.config.world_model
-    mask = empty[:, None, None, None]
     if isinstance(acting, Acting):
         # One encoder pass serves both cases.
-        context = acting.frames.at[:, -1].set(jnp.where(mask, frames, acting.frames[:, -1]))
+        context = acting.frames.at[:, -1].set(jnp.where(_column(empty, frames), frames, acting.frames[:, -1]))
         later = jnp.concatenate([acting.frames[:, 1:], frames[:, None]], axis=1)
         return world_model.posterior(wm, state.world_model, context), dataclasses.replace(acting, frames=later)
     now = world_model.posterior(wm, state.world_model, frames)
-    log_probs = acting.log_probs.at[:, -1].set(jnp.where(mask[..., 0], now, acting.log_probs[:, -1]))
+    log_probs = acting.log_probs.at[:, -1].set(jnp.where(_column(empty, now), now, acting.log_probs[:, -1]))
     later = jnp.concatenate([acting.log_probs[:, 1:], now[:, None]], axis=1)
     return log_probs, dataclasses.replace(acting, log_probs=later)
+
+
+def _column(flags: jax.Array, like: jax.Array) -> jax.Array:
+    """Flags [E] that broadcast against `like` [E, ...]."""
+    return flags.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _policy_input(
     state: AgentState, latents: jax.Array, actions: jax.Array, length: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """[E, S + D] from the last `length` entries of latents [E, context, S] and actions [E, context]."""
+    """[E, S + D] from the last `length` entries of latents [E, context, S] and actions [E, context(, A)]."""
     wm, params = state.config.world_model, state.world_model.params
     empty, steps = length == 0, latents.shape[1]
     valid = jnp.arange(steps) >= steps - length[:, None]

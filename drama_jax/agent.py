@@ -72,7 +72,7 @@ class Imagined:
     """Imagined experience, batch-major."""
 
     features: jax.Array  # [B, L + 1, S + D] compute dtype
-    actions: jax.Array  # [B, L] int32
+    actions: jax.Array  # [B, L] int32, or [B, L, A] float32
     rewards: jax.Array  # [B, L] at least float32
     terminations: jax.Array  # [B, L] bool
 
@@ -113,7 +113,7 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
         config.replay, state.replay, sample_key, wm.batch_size, wm.batch_length, tau=state.hyper.tau
     )
     batch = replay.gather(memory, starts, wm.batch_length)
-    noise_shape = (*batch.actions.shape, wm.autoencoder.categoricals, wm.autoencoder.classes)
+    noise_shape = (*batch.rewards.shape, wm.autoencoder.categoricals, wm.autoencoder.classes)
     gumbel = jax.random.gumbel(noise_key, noise_shape, at_least_float32(world_model.compute_dtype(wm)))
     model, metrics = world_model.update(
         wm,
@@ -244,7 +244,7 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     else:
         trajectory, (_, normaliser) = imagination.rollout(model, policy, start, horizon, rollout_key, unroll=unroll)
         features = policy_input(state, *trajectory.outputs).swapaxes(0, 1)
-        actions, hiddens = trajectory.actions.T, trajectory.outputs[1].swapaxes(0, 1)
+        actions, hiddens = trajectory.actions.swapaxes(0, 1), trajectory.outputs[1].swapaxes(0, 1)
     # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
     caused = hiddens[:, 1:] if fidelity.reward_follows_action else hiddens[:, :-1]
     imagined = Imagined(
@@ -265,7 +265,7 @@ def _side_by_side(outputs: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
 
 
 def reconstruct(state: AgentState, frames: jax.Array, key: jax.Array) -> jax.Array:
-    """Frames through the autoencoder: uint8 [..., height, width, channels] -> float in 0..1, same shape."""
+    """Frames through the autoencoder: [..., *frame] -> float of the same shape, images in 0..1."""
     checks.instances("agent.reconstruct", state=(state, AgentState))
     latent = sample_posterior(state.config.world_model, state.world_model, key, frames)
     return world_model.decode(state.config.world_model, state.world_model, latent)
@@ -280,7 +280,7 @@ def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int)
       context: how many steps the model sees (static).
 
     Returns:
-      Frames in 0..1 [B, T, height, width, channels].
+      Frames in 0..1 [B, T, height, width, channels], or vectors [B, T, O].
     """
     checks.instances("agent.imagine_video", state=(state, AgentState), batch=(batch, Batch))
     checks.key("agent.imagine_video", key)
@@ -304,7 +304,7 @@ def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int)
         hidden, recurrent = world_model.step(wm, params, recurrent, latent, action, num_actions=state.num_actions)
         return (recurrent, sample_prior(wm, params, key, hidden)), latent
 
-    actions = batch.actions[:, context:].T
+    actions = batch.actions[:, context:].swapaxes(0, 1)
     _, dreamt = jax.lax.scan(body, (recurrent, latent), (actions, jax.random.split(rollout_key, actions.shape[0])))
     latents = jnp.concatenate([latents, dreamt.swapaxes(0, 1)], axis=1)
     return world_model.decode(wm, state.world_model, latents)

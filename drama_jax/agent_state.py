@@ -12,7 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import checks, guard, latents, replay, world_model
+from drama_jax import action_space, checks, guard, latents, replay, world_model
+from drama_jax.action_space import ActionSpace
 from drama_jax.behaviour import actor_critic
 from drama_jax.config import AgentConfig, Fidelity
 from drama_jax.replay import Replay
@@ -40,7 +41,7 @@ class AgentState:
     guard: guard.Guard
     key: jax.Array  # [] PRNG key, split by every update
     config: AgentConfig = flax.struct.field(pytree_node=False)
-    num_actions: int = flax.struct.field(pytree_node=False)
+    num_actions: ActionSpace = flax.struct.field(pytree_node=False)
 
 
 def resolve(config: AgentConfig) -> AgentConfig:
@@ -65,16 +66,17 @@ def hyper(config: AgentConfig) -> Hyper:
     )
 
 
-def init(key: jax.Array, config: AgentConfig, num_actions: int) -> AgentState:
-    """A fresh agent with an empty replay. The key is consumed."""
+def init(key: jax.Array, config: AgentConfig, num_actions: ActionSpace) -> AgentState:
+    """A fresh agent with an empty replay, for A discrete actions or `Continuous(A)`. The key is consumed."""
     checks.key("agent.init", key)
-    checks.integers("agent.init", num_actions=num_actions)
+    action_space.check("agent.init", num_actions)
     config = resolve(config)
+    ae = config.world_model.autoencoder
     key, model_key, behaviour_key = jax.random.split(key, 3)
     return AgentState(
         world_model=world_model.init(model_key, config.world_model, num_actions),
         behaviour=actor_critic.init(behaviour_key, config.behaviour, config.world_model.feature_size, num_actions),
-        replay=replay.init(config.replay, config.world_model.autoencoder.image_shape),
+        replay=replay.init(config.replay, ae.frame_shape, num_actions, dtype=ae.frame_dtype),
         hyper=hyper(config),
         guard=guard.init(config.world_model.batch_size),
         key=key,

@@ -130,7 +130,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The discrete variational autoencoder: frame <-> K categoricals of C classes."""
+    """The discrete variational autoencoder: frame <-> K categoricals of C classes.
+
+    A frame is an image, or, where `vector_size` is not 0, a vector.
+    """
 
     image_size: int = 64
     """Height and width of a frame in pixels."""
@@ -141,10 +144,17 @@ class AutoencoderConfig:
     classes: int = 32
     unimix: float = 0.01
     """Share of the uniform distribution mixed into every categorical."""
+    vector_size: int = 0
+    """Numbers of a vector observation, which is then seen in place of an image; 0 for images."""
+    vector_layers: int = 3
+    """Hidden layers of a vector's encoder, and of its decoder."""
+    vector_units: int = 256
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _positive(self, "image_size", "image_channels", "categoricals", "classes")
+        _positive(self, "image_size", "image_channels", "categoricals", "classes", "vector_layers", "vector_units")
+        _at_most(self, _MOST_LAYERS, "vector_layers")
+        _require(self.vector_size >= 0, f"AutoencoderConfig.vector_size must be >= 0, got {self.vector_size}")
         _fraction(self, "unimix")
         _require(len(self.depths) >= 2, f"AutoencoderConfig.depths needs at least two entries, got {self.depths}")
         _require(min(self.depths) > 0, f"AutoencoderConfig.depths must be positive, got {self.depths}")
@@ -172,6 +182,21 @@ class AutoencoderConfig:
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of a frame."""
         return (self.image_size, self.image_size, self.image_channels)
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """Shape of an observation: (height, width, channels) of an image, or (entries,) of a vector."""
+        return (self.vector_size,) if self.vector_size else self.image_shape
+
+    @property
+    def frame_dtype(self) -> Literal["uint8", "float32"]:
+        """Type of an observation: uint8 of an image, float32 of a vector."""
+        return "float32" if self.vector_size else "uint8"
+
+    @property
+    def embedding_size(self) -> int:
+        """E, the features that the encoder makes of an observation."""
+        return self.vector_units if self.vector_size else self.map_size**2 * self.depths[-1]
 
 
 @dataclass(frozen=True)
@@ -491,6 +516,11 @@ class RunConfig:
             self.agent.world_model.autoencoder.image_channels == 3,
             f"agent.world_model.autoencoder.image_channels must be 3 for Atari, got "
             f"{self.agent.world_model.autoencoder.image_channels}",
+        )
+        _require(
+            self.agent.world_model.autoencoder.vector_size == 0,
+            f"agent.world_model.autoencoder.vector_size must be 0 for Atari, which shows images, got "
+            f"{self.agent.world_model.autoencoder.vector_size}",
         )
 
 

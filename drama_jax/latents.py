@@ -50,7 +50,7 @@ def sample_posterior(
       config: static.
       state: of the world model.
       key: consumed.
-      frames: uint8 [..., height, width, channels].
+      frames: uint8 [..., height, width, channels], or vectors float32 [..., O].
 
     Returns:
       [..., S] in the compute dtype.

@@ -4,18 +4,21 @@ The arrays are a ring. *Slots* number its places; *ages* number its entries in t
 named by the age of their first entry, so that a window is always `length` consecutive steps: it reaches neither past
 the newest entry nor across the write position. Windows may span an episode's end; `firsts` tells where.
 
-Letters: N capacity, M windows, L window length, H, W, C frame height, width and channels.
+Letters: N capacity, M windows, L window length, H, W, C frame height, width and channels, O entries of a vector in a
+frame's place, A of a continuous action.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import checks, dfs
+from drama_jax import action_space, checks, dfs
+from drama_jax.action_space import ActionSpace
 from drama_jax.config import ReplayConfig
 
 
@@ -23,8 +26,8 @@ from drama_jax.config import ReplayConfig
 class Transition:
     """One agent step."""
 
-    frame: jax.Array  # [H, W, C] uint8, what was seen before the action
-    action: jax.Array  # [] int32
+    frame: jax.Array  # [H, W, C] uint8 or [O] float32, what was seen before the action
+    action: jax.Array  # [] int32 or [A] float32
     reward: jax.Array  # [] float32, earned by the action
     terminal: jax.Array  # [] bool, the action ended the episode or lost a life
     first: jax.Array  # [] bool, `frame` starts an episode
@@ -34,8 +37,8 @@ class Transition:
 class Batch:
     """Windows of consecutive steps; the fields are those of `Transition`."""
 
-    frames: jax.Array  # [M, L, H, W, C] uint8
-    actions: jax.Array  # [M, L] int32
+    frames: jax.Array  # [M, L, H, W, C] uint8 or [M, L, O] float32
+    actions: jax.Array  # [M, L] int32 or [M, L, A] float32
     rewards: jax.Array  # [M, L] float32
     terminals: jax.Array  # [M, L] bool
     firsts: jax.Array  # [M, L] bool
@@ -45,8 +48,8 @@ class Batch:
 class Replay:
     """The ring. Entries at slots never written are zero and never sampled."""
 
-    frames: jax.Array  # [N, H, W, C] uint8
-    actions: jax.Array  # [N] int32
+    frames: jax.Array  # [N, H, W, C] uint8 or [N, O] float32
+    actions: jax.Array  # [N] int32 or [N, A] float32
     rewards: jax.Array  # [N] float32
     terminals: jax.Array  # [N] bool
     firsts: jax.Array  # [N] bool
@@ -57,22 +60,40 @@ class Replay:
     @property
     def capacity(self) -> int:
         """N."""
-        return self.actions.shape[-1]
+        return self.rewards.shape[-1]
 
 
-def init(config: ReplayConfig, image_shape: tuple[int, int, int]) -> Replay:
-    """An empty replay for frames of `image_shape` (height, width, channels).
+def init(
+    config: ReplayConfig,
+    image_shape: tuple[int, ...],
+    num_actions: ActionSpace = 1,
+    *,
+    dtype: Literal["uint8", "float32"] = "uint8",
+) -> Replay:
+    """An empty replay.
 
     It takes `config.capacity * height * width * channels` bytes of device memory, and 18 more per entry.
+
+    Args:
+      config: its capacity.
+      image_shape: (height, width, channels) of a frame, or (entries,) of a vector.
+      num_actions: whether actions are int32 or `Continuous`.
+      dtype: of frames.
     """
+    action_space.check("replay.init", num_actions)
     checks.instances("replay.init", config=(config, ReplayConfig), image_shape=(image_shape, tuple))
-    if len(image_shape) != 3:
-        raise ValueError(f"replay.init: image_shape must be (height, width, channels), got {image_shape}")
-    checks.integers("replay.init", **dict(zip(("height", "width", "channels"), image_shape)))
+    if len(image_shape) not in (1, 3):
+        raise ValueError(
+            f"replay.init: image_shape must be (height, width, channels), or (entries,) of a vector, got {image_shape}"
+        )
+    names = ("entries",) if len(image_shape) == 1 else ("height", "width", "channels")
+    checks.integers("replay.init", **dict(zip(names, image_shape)))
+    if dtype not in ("uint8", "float32"):
+        raise ValueError(f"replay.init: dtype must be 'uint8' or 'float32', got {dtype!r}")
     n = config.capacity
     return Replay(
-        frames=jnp.zeros((n, *image_shape), jnp.uint8),
-        actions=jnp.zeros(n, jnp.int32),
+        frames=jnp.zeros((n, *image_shape), dtype),
+        actions=action_space.zeros(num_actions, (n,)),
         rewards=jnp.zeros(n, jnp.float32),
         terminals=jnp.zeros(n, jnp.bool_),
         firsts=jnp.zeros(n, jnp.bool_),
@@ -90,8 +111,8 @@ def add(replay: Replay, transition: Transition) -> Replay:
     checks.instances("replay.add", replay=(replay, Replay), transition=(transition, Transition))
     checks.arrays(
         "replay.add",
-        frame=(transition.frame, replay.frames.shape[1:], "uint8"),
-        action=(transition.action, (), "int32"),
+        frame=(transition.frame, replay.frames.shape[1:], str(replay.frames.dtype)),
+        action=(transition.action, replay.actions.shape[1:], str(replay.actions.dtype)),
         reward=(transition.reward, (), "float32"),
         terminal=(transition.terminal, (), "bool"),
         first=(transition.first, (), "bool"),

@@ -6,6 +6,9 @@ the next layer wants it. Shapes: N frames, E embedding size, K categoricals, C c
 
 In training mode batch normalisation uses the statistics of the N frames and returns moved running statistics; in
 evaluation mode it is folded into the kernels.
+
+Where the configuration says that observations are vectors, `drama_jax.vector_autoencoder` takes the place of the
+convolutions.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from drama_jax.nn import (
     BatchNorm,
     conv3x3,
     conv_transpose_stride1,
+    depth_to_space,
     gpu_convolution,
     space_to_depth,
     stencil_stride1,
@@ -30,6 +34,7 @@ from drama_jax.nn import (
 )
 from drama_jax.nn.batch_norm import Layout, rearrange
 from drama_jax.precision import at_least_float32, widen
+from drama_jax.vector_autoencoder import VectorDecoder, VectorEncoder, weight_init
 
 Params = Any
 Dtype = Any
@@ -37,8 +42,6 @@ Dtype = Any
 STENCILS = {"stride1": stencil_stride1, "stride2": stencil_stride2, "transpose2": stencil_transpose_stride2}
 PHASES_IN = {"stride1": 4, "stride2": 4, "transpose2": 1}
 PHASES_OUT = {"stride1": 4, "stride2": 1, "transpose2": 4}
-
-weight_init = nn.initializers.variance_scaling(1.0, "fan_avg", "truncated_normal")
 
 
 def torch_linear_init(fan_in: int) -> nn.initializers.Initializer:
@@ -153,7 +156,7 @@ add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 
 def posterior_head(config: AutoencoderConfig, dtype: Dtype) -> nn.Dense:
     """Linear map from the embedding [.., E] to raw posterior logits [.., S]."""
-    return latent_head(config.map_size**2 * config.depths[-1], config, dtype)
+    return latent_head(config.embedding_size, config, dtype)
 
 
 def latent_head(fan_in: int, config: AutoencoderConfig, dtype: Dtype) -> nn.Dense:
@@ -175,15 +178,51 @@ def init(key: jax.Array, config: AutoencoderConfig, dtype: Dtype = jnp.float32) 
     checks.instances("vae.init", config=(config, AutoencoderConfig))
     checks.key("vae.init", key)
     encoder_key, head_key, decoder_key = jax.random.split(key, 3)
-    half, channels = config.image_size // 2, config.image_channels
-    phases = jnp.zeros((1, half, half, 4 * channels), dtype)
-    embedding = jnp.zeros((1, config.map_size**2 * config.depths[-1]), dtype)
+    inputs = jnp.zeros((1, *_input_shape(config)), dtype)
+    embedding = jnp.zeros((1, config.embedding_size), dtype)
     latent = jnp.zeros((1, config.latent_size), dtype)
-    encoder = Encoder(config, dtype).init(encoder_key, phases, True)
-    decoder = Decoder(config, dtype).init(decoder_key, latent, True)
+    encoder = _encoder(config, dtype).init(encoder_key, inputs, True)
+    decoder = _decoder(config, dtype).init(decoder_key, latent, True)
     head = posterior_head(config, dtype).init(head_key, embedding)
     params = {"encoder": encoder["params"], "posterior_head": head["params"], "decoder": decoder["params"]}
-    return params, {"encoder": encoder["batch_stats"], "decoder": decoder["batch_stats"]}
+    return params, {"encoder": encoder.get("batch_stats", {}), "decoder": decoder.get("batch_stats", {})}
+
+
+def _encoder(config: AutoencoderConfig, dtype: Dtype) -> nn.Module:
+    return VectorEncoder(config, dtype) if config.vector_size else Encoder(config, dtype)
+
+
+def _decoder(config: AutoencoderConfig, dtype: Dtype) -> nn.Module:
+    return VectorDecoder(config, dtype) if config.vector_size else Decoder(config, dtype)
+
+
+def _input_shape(config: AutoencoderConfig) -> tuple[int, ...]:
+    """Of one frame as the encoder takes it."""
+    half = config.image_size // 2
+    return config.frame_shape if config.vector_size else (half, half, 4 * config.image_channels)
+
+
+def to_inputs(config: AutoencoderConfig, frames: jax.Array, dtype: Dtype) -> jax.Array:
+    """Frames as the encoder takes them and the decoder returns them.
+
+    Args:
+      config: which frames.
+      frames: images uint8 [N, height, width, channels], or vectors float32 [N, entries].
+      dtype: of the result.
+
+    Returns:
+      Phases in 0..1 [N, h/2, w/2, 4 channels], or symlog values [N, entries].
+    """
+    checks.instances("vae.to_inputs", config=(config, AutoencoderConfig))
+    checks.arrays("vae.to_inputs", frames=(frames, ("N", *config.frame_shape), config.frame_dtype))
+    return distributions.symlog(frames).astype(dtype) if config.vector_size else frames_to_phases(frames, dtype)
+
+
+def to_frames(config: AutoencoderConfig, outputs: jax.Array) -> jax.Array:
+    """What the decoder returned as images in 0..1 [N, height, width, channels], or vectors [N, entries]."""
+    checks.instances("vae.to_frames", config=(config, AutoencoderConfig))
+    checks.arrays("vae.to_frames", outputs=(outputs, ("N", *_input_shape(config)), "float"))
+    return distributions.symexp(outputs) if config.vector_size else depth_to_space(outputs)
 
 
 def frames_to_phases(frames: jax.Array, dtype: Dtype) -> jax.Array:
@@ -200,7 +239,7 @@ def encode(
     Args:
       params: as returned by `init`.
       batch_stats: as returned by `init`.
-      phases: frames in phase layout, see `frames_to_phases`.
+      phases: frames in phase layout, or symlog vectors, see `to_inputs`.
       train: whether to normalise by the statistics of this batch, and move the running ones.
       dtype: compute dtype of the convolutions.
 
@@ -210,19 +249,17 @@ def encode(
     checks.instances("vae.encode", config=(config, AutoencoderConfig))
     checks.parts("vae.encode", "params", params, "encoder")
     checks.parts("vae.encode", "batch_stats", batch_stats, "encoder")
-    half = config.image_size // 2
-    checks.arrays("vae.encode", phases=(phases, ("N", half, half, 4 * config.image_channels), "float"))
+    checks.arrays("vae.encode", phases=(phases, ("N", *_input_shape(config)), "float"))
     variables = {"params": params["encoder"], "batch_stats": batch_stats["encoder"]}
-    features, moved = Encoder(config, dtype).apply(variables, phases, train, mutable=["batch_stats"])
-    return features, {**batch_stats, "encoder": moved["batch_stats"]}
+    features, moved = _encoder(config, dtype).apply(variables, phases, train, mutable=["batch_stats"])
+    return features, {**batch_stats, "encoder": moved.get("batch_stats", {})}
 
 
 def posterior(config: AutoencoderConfig, params: Params, embedding: jax.Array, *, dtype: Dtype) -> jax.Array:
     """Log-probabilities of q(z | frame) [.., K, C] (in at least float32) from the embedding [.., E]."""
     checks.instances("vae.posterior", config=(config, AutoencoderConfig))
     checks.parts("vae.posterior", "params", params, "posterior_head")
-    features = config.map_size**2 * config.depths[-1]
-    checks.arrays("vae.posterior", embedding=(embedding, (..., features), "float"))
+    checks.arrays("vae.posterior", embedding=(embedding, (..., config.embedding_size), "float"))
     raw = posterior_head(config, dtype).apply({"params": params["posterior_head"]}, embedding)
     return mixed_logits(config, raw)
 
@@ -236,13 +273,13 @@ def decode(
       latent: [N, S], flattened one-hot samples.
 
     Returns:
-      Frames 0..1 in phase layout [N, h/2, w/2, 4 channels] (`drama_jax.nn.depth_to_space` makes pixels of them), in at
-      least float32, and the batch statistics, moved if `train`.
+      Frames 0..1 in phase layout [N, h/2, w/2, 4 channels], or symlog vectors [N, entries] (`to_frames` makes frames of
+      them), in at least float32, and the batch statistics, moved if `train`.
     """
     checks.instances("vae.decode", config=(config, AutoencoderConfig))
     checks.parts("vae.decode", "params", params, "decoder")
     checks.parts("vae.decode", "batch_stats", batch_stats, "decoder")
     checks.arrays("vae.decode", latent=(latent, ("N", config.latent_size), "float"))
     variables = {"params": params["decoder"], "batch_stats": batch_stats["decoder"]}
-    phases, moved = Decoder(config, dtype).apply(variables, latent, train, mutable=["batch_stats"])
-    return phases, {**batch_stats, "decoder": moved["batch_stats"]}
+    phases, moved = _decoder(config, dtype).apply(variables, latent, train, mutable=["batch_stats"])
+    return phases, {**batch_stats, "decoder": moved.get("batch_stats", {})}

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drama_jax import backbones, checks, distributions, optim, vae
+from drama_jax import action_space, backbones, checks, distributions, optim, vae
+from drama_jax.action_space import ActionSpace
 from drama_jax.config import WorldModelConfig
-from drama_jax.nn import depth_to_space, rms_norm, space_to_depth
+from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32, named
 from drama_jax.replay import Batch
 
@@ -42,7 +43,7 @@ class Forward:
     embedding: jax.Array  # [B, T, E]
     posterior: jax.Array  # [B, T, K, C] log-probabilities
     latent: jax.Array  # [B, T, S] one-hot samples, straight-through
-    reconstruction: jax.Array  # [B, T, h/2, w/2, 4 channels] in 0..1, phase layout
+    reconstruction: jax.Array  # [B, T, h/2, w/2, 4 channels] in 0..1, phase layout; or symlog [B, T, O]
     features: jax.Array  # [B, T, D]
     prior: jax.Array  # [B, T, K, C] log-probabilities of z_(t+1)
     reward_logits: jax.Array  # [B, T, bins]
@@ -73,7 +74,7 @@ def compute_dtype(config: WorldModelConfig) -> Dtype:
     return named(config.compute_dtype)
 
 
-def _backbone(config: WorldModelConfig, num_actions: int) -> nn.Module:
+def _backbone(config: WorldModelConfig, num_actions: ActionSpace) -> nn.Module:
     return backbones.make(config.backbone, num_actions, compute_dtype(config))
 
 
@@ -86,16 +87,16 @@ def _heads(config: WorldModelConfig) -> dict[str, nn.Module]:
     }
 
 
-def init(key: jax.Array, config: WorldModelConfig, num_actions: int) -> WorldModelState:
+def init(key: jax.Array, config: WorldModelConfig, num_actions: ActionSpace) -> WorldModelState:
     """Freshly initialised parameters, statistics and optimiser. The key is consumed."""
     checks.instances("world_model.init", config=(config, WorldModelConfig))
     checks.key("world_model.init", key)
-    checks.integers("world_model.init", num_actions=num_actions)
+    action_space.check("world_model.init", num_actions)
     vae_key, backbone_key, *head_keys = jax.random.split(key, 5)
     dtype = compute_dtype(config)
     params, batch_stats = vae.init(vae_key, config.autoencoder, dtype)
     latent = jnp.zeros((1, 2, config.autoencoder.latent_size), dtype)
-    action = jnp.zeros((1, 2), jnp.int32)
+    action = action_space.zeros(num_actions, (1, 2))
     params["backbone"] = _backbone(config, num_actions).init(backbone_key, latent, action)["params"]
     features = jnp.zeros((1, config.backbone.width), dtype)
     for head_key, (name, head) in zip(head_keys, _heads(config).items(), strict=True):
@@ -104,25 +105,26 @@ def init(key: jax.Array, config: WorldModelConfig, num_actions: int) -> WorldMod
 
 
 def posterior(config: WorldModelConfig, state: WorldModelState, frames: jax.Array) -> jax.Array:
-    """Log-probabilities of q(z | frame) in evaluation mode: uint8 [..., height, width, channels] -> [..., K, C]."""
+    """Log-probabilities of q(z | frame) in evaluation mode: [..., *frame] -> [..., K, C]."""
     checks.instances("world_model.posterior", config=(config, WorldModelConfig), state=(state, WorldModelState))
-    checks.arrays("world_model.posterior", frames=(frames, (..., *config.autoencoder.image_shape), "uint8"))
+    ae = config.autoencoder
+    checks.arrays("world_model.posterior", frames=(frames, (..., *ae.frame_shape), ae.frame_dtype))
     embedding = embed(config, state, frames)
     return vae.posterior(config.autoencoder, state.params, embedding, dtype=compute_dtype(config))
 
 
 def embed(config: WorldModelConfig, state: WorldModelState, frames: jax.Array) -> jax.Array:
-    """Features of frames in evaluation mode: uint8 [..., height, width, channels] -> [..., E], compute dtype."""
+    """Features of frames in evaluation mode: [..., *frame] -> [..., E], compute dtype."""
     checks.instances("world_model.embed", config=(config, WorldModelConfig), state=(state, WorldModelState))
-    checks.arrays("world_model.embed", frames=(frames, (..., *config.autoencoder.image_shape), "uint8"))
-    dtype = compute_dtype(config)
-    phases = vae.frames_to_phases(frames.reshape(-1, *frames.shape[-3:]), dtype)
-    embedding, _ = vae.encode(config.autoencoder, state.params, state.batch_stats, phases, train=False, dtype=dtype)
-    return embedding.reshape(*frames.shape[:-3], -1)
+    ae, dtype = config.autoencoder, compute_dtype(config)
+    checks.arrays("world_model.embed", frames=(frames, (..., *ae.frame_shape), ae.frame_dtype))
+    phases = vae.to_inputs(ae, frames.reshape(-1, *ae.frame_shape), dtype)
+    embedding, _ = vae.encode(ae, state.params, state.batch_stats, phases, train=False, dtype=dtype)
+    return embedding.reshape(*frames.shape[: frames.ndim - len(ae.frame_shape)], -1)
 
 
 def decode(config: WorldModelConfig, state: WorldModelState, latent: jax.Array) -> jax.Array:
-    """Frames in 0..1 from latents in evaluation mode: [..., S] -> [..., height, width, channels], float32."""
+    """Frames from latents in evaluation mode: [..., S] -> [..., *frame], float32, images in 0..1."""
     checks.instances("world_model.decode", config=(config, WorldModelConfig), state=(state, WorldModelState))
     checks.arrays("world_model.decode", latent=(latent, (..., config.autoencoder.latent_size), "float"))
     lead = latent.shape[:-1]
@@ -134,7 +136,7 @@ def decode(config: WorldModelConfig, state: WorldModelState, latent: jax.Array) 
         train=False,
         dtype=compute_dtype(config),
     )
-    return depth_to_space(phases).reshape(*lead, *config.autoencoder.image_shape)
+    return vae.to_frames(config.autoencoder, phases).reshape(*lead, *config.autoencoder.frame_shape)
 
 
 def observe(
@@ -143,7 +145,7 @@ def observe(
     latent: jax.Array,
     actions: jax.Array,
     *,
-    num_actions: int,
+    num_actions: ActionSpace,
     state: Any = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
@@ -152,8 +154,8 @@ def observe(
     Args:
       params: world-model parameters.
       latent: one-hot samples [B, T, S].
-      actions: [B, T] int.
-      num_actions: A.
+      actions: [B, T] int, or float [B, T, A] if continuous.
+      num_actions: A, or `Continuous(A)`.
       state: recurrent state to start from; zeros if None.
       segment_ids: [B, T] int; the recurrent state is dropped where the id changes.
 
@@ -174,7 +176,7 @@ def open_window(
     latent: jax.Array,
     actions: jax.Array,
     *,
-    num_actions: int,
+    num_actions: ActionSpace,
     horizon: int,
     segment_ids: jax.Array | None = None,
     unrolled: bool = False,
@@ -205,9 +207,15 @@ def open_window(
 
 
 def step(
-    config: WorldModelConfig, params: Params, state: Any, latent: jax.Array, actions: jax.Array, *, num_actions: int
+    config: WorldModelConfig,
+    params: Params,
+    state: Any,
+    latent: jax.Array,
+    actions: jax.Array,
+    *,
+    num_actions: ActionSpace,
 ) -> tuple[jax.Array, Any]:
-    """One step of the sequence model: latent [B, S], actions [B] -> d [B, D] and the new state or window."""
+    """One step of the sequence model: latent [B, S], actions [B(, A)] -> d [B, D] and the new state or window."""
     _check_sequence("world_model.step", config, params, latent, actions, num_actions, axes=("B",))
     features, state = _backbone(config, num_actions).apply(
         {"params": params["backbone"]}, latent, actions, state, method="step"
@@ -221,14 +229,15 @@ def _check_sequence(
     params: Params,
     latent: jax.Array,
     actions: jax.Array,
-    num_actions: int,
+    num_actions: ActionSpace,
     axes: tuple[str, ...] = ("B", "T"),
 ) -> None:
     checks.instances(function, config=(config, WorldModelConfig))
     checks.parts(function, "params", params, "backbone")
-    checks.integers(function, num_actions=num_actions)
+    action_space.check(function, num_actions)
     size = config.autoencoder.latent_size
-    checks.arrays(function, latent=(latent, (*axes, size), "float"), actions=(actions, axes, "integer"))
+    given = (actions, *action_space.spec(num_actions, axes))
+    checks.arrays(function, latent=(latent, (*axes, size), "float"), actions=given)
 
 
 def _check_features(name: str, config: WorldModelConfig, params: Params, features: jax.Array) -> None:
@@ -268,12 +277,12 @@ def forward(
     gumbel: jax.Array,
     segment_ids: jax.Array | None,
     *,
-    num_actions: int,
+    num_actions: ActionSpace,
 ) -> tuple[Forward, Params]:
     """One training-mode pass over a batch.
 
     Args:
-      batch: frames uint8 [B, T, height, width, channels], actions [B, T], ... (see `replay.Batch`).
+      batch: frames [B, T, *frame], actions [B, T], ... (see `replay.Batch`).
       gumbel: Gumbel noise [B, T, K, C] that decides the posterior samples.
       segment_ids: see `observe`.
 
@@ -287,13 +296,13 @@ def forward(
     ae = config.autoencoder
     checks.arrays(
         "world_model.forward",
-        frames=(batch.frames, ("B", "T", *ae.image_shape), "uint8"),
-        actions=(batch.actions, ("B", "T"), "integer"),
+        frames=(batch.frames, ("B", "T", *ae.frame_shape), ae.frame_dtype),
+        actions=(batch.actions, *action_space.spec(num_actions, ("B", "T"))),
         gumbel=(gumbel, ("B", "T", ae.categoricals, ae.classes), "float"),
         segment_ids=(segment_ids, ("B", "T"), "integer or None"),
     )
-    lead = batch.actions.shape
-    phases = vae.frames_to_phases(batch.frames.reshape(-1, *ae.image_shape), dtype)
+    lead = batch.actions.shape[:2]
+    phases = vae.to_inputs(ae, batch.frames.reshape(-1, *ae.frame_shape), dtype)
     embedding, batch_stats = vae.encode(ae, params, batch_stats, phases, train=True, dtype=dtype)
     log_posterior = vae.posterior(ae, params, embedding, dtype=dtype).reshape(*lead, ae.categoricals, ae.classes)
     latent = distributions.straight_through(log_posterior, gumbel).reshape(-1, ae.latent_size).astype(dtype)
@@ -321,17 +330,18 @@ def losses(
     The two KL terms compare the prior at t with the posterior at t + 1. Where `segment_ids` says that an episode
     starts at t + 1 there is nothing to predict, and the pair does not count.
     """
+    ae = config.autoencoder
     checks.arrays(
         "world_model.losses",
-        frames=(batch.frames, ("B", "T", *config.autoencoder.image_shape), "uint8"),
+        frames=(batch.frames, ("B", "T", *ae.frame_shape), ae.frame_dtype),
         rewards=(batch.rewards, ("B", "T"), "float"),
         terminals=(batch.terminals, ("B", "T"), "bool"),
         segment_ids=(segment_ids, ("B", "T"), "integer or None"),
     )
     dtype = out.reconstruction.dtype
-    target = space_to_depth(batch.frames.reshape(-1, *config.autoencoder.image_shape)).astype(dtype) / 255
+    target = vae.to_inputs(ae, batch.frames.reshape(-1, *ae.frame_shape), dtype)
     error = jnp.square(out.reconstruction - target.reshape(out.reconstruction.shape))
-    reconstruction = error.sum(axis=(2, 3, 4)).mean()
+    reconstruction = error.sum(axis=tuple(range(2, error.ndim))).mean()
     reward = distributions.two_hot_loss(out.reward_logits, batch.rewards.astype(dtype)).mean()
     termination = distributions.binary_cross_entropy(out.termination_logits, batch.terminals.astype(dtype)).mean()
     weight = None if segment_ids is None else (segment_ids[:, 1:] == segment_ids[:, :-1]).astype(dtype)
@@ -380,7 +390,7 @@ def loss(
     gumbel: jax.Array,
     segment_ids: jax.Array | None,
     *,
-    num_actions: int,
+    num_actions: ActionSpace,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params, Forward]]:
     """`losses` of `forward`: the total, and (terms, moved batch statistics, forward pass)."""
     out, batch_stats = forward(config, params, batch_stats, batch, gumbel, segment_ids, num_actions=num_actions)
@@ -395,7 +405,7 @@ def update(
     gumbel: jax.Array,
     segment_ids: jax.Array | None,
     *,
-    num_actions: int,
+    num_actions: ActionSpace,
     learning_rate: jax.Array | float | None = None,
 ) -> tuple[WorldModelState, dict[str, jax.Array]]:
     """One optimiser step on one batch.

@@ -11,6 +11,9 @@ A backbone is a flax.linen module with four methods:
   place of the state in `step` (`unrolled`: in a loop unrolled whole; `classes`: with latents one-hot in groups of C);
 * `initial_state(batch_size) -> state`, zeros; needs no parameters.
 
+Where actions are `Continuous(A)`, `action` is float `[B, T, A]`, or `[B, A]` in `step`: its product with the stem's rows
+takes the place of one row.
+
 All forms agree: a sequence may be cut anywhere and continued in either from the returned state. In the parallel form
 the state is dropped where the segment id changes, and the given state belongs to segment 0, so that
 `segment_ids = cumsum(is_first, axis=1)` drops it when a sequence begins with an episode's first step.
@@ -30,6 +33,7 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
+from drama_jax.action_space import ActionSpace, Continuous
 from drama_jax.backbones.gru import GruBackbone
 from drama_jax.backbones.mamba import MambaBackbone
 from drama_jax.backbones.mamba2 import Mamba2Backbone, Mamba2LayerState, Mamba2State
@@ -63,18 +67,19 @@ _BACKBONES: dict[str, type[nn.Module]] = {
 }
 
 
-def make(config: BackboneConfig, num_actions: int, dtype: jax.typing.DTypeLike) -> nn.Module:
+def make(config: BackboneConfig, num_actions: ActionSpace, dtype: jax.typing.DTypeLike) -> nn.Module:
     """The backbone that `config` names.
 
     Args:
       config: sizes; static.
-      num_actions: A, the number of discrete actions.
+      num_actions: A, the number of discrete actions, or `Continuous(A)`.
       dtype: compute dtype of the matrix products; states of the recurrence and norms are at least float32.
 
     Raises:
       ConfigError: if there is no action.
     """
     checks.instances("backbones.make", config=(config, BackboneConfig))
-    if isinstance(num_actions, bool) or not isinstance(num_actions, int) or num_actions < 1:
+    discrete = isinstance(num_actions, int) and not isinstance(num_actions, bool) and num_actions >= 1
+    if not discrete and not isinstance(num_actions, Continuous):
         raise ConfigError(f"num_actions must be at least 1, an integer, got {num_actions!r}")
     return _BACKBONES[config.name](config, num_actions, dtype)

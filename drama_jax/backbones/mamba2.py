@@ -21,6 +21,7 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
+from drama_jax.action_space import ActionSpace
 from drama_jax.backbones import gpu_rollout
 from drama_jax.backbones.causal_conv import CausalConv
 from drama_jax.backbones.mamba2_window import Mamba2LayerWindow, Mamba2Window, attend, open_window
@@ -52,7 +53,7 @@ class Mamba2Backbone(nn.Module):
     """The whole sequence model; see `drama_jax.backbones` for the interface."""
 
     config: BackboneConfig
-    num_actions: int
+    num_actions: ActionSpace
     dtype: jax.typing.DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -83,7 +84,7 @@ class Mamba2Backbone(nn.Module):
 
         Args:
           latent: `[B, T, S]` float, z_t.
-          action: `[B, T]` int, a_t, taken in z_t.
+          action: `[B, T]` int, a_t (float `[B, T, A]` if continuous), taken in z_t.
           state: the state before the first step; zeros if absent.
           segment_ids: optional `[B, T]` int; the state is dropped where the id changes, and `state` belongs to id 0.
 
@@ -93,7 +94,7 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit.
         """
-        check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        check_inputs(latent, action, segment_ids, axes=("B", "T"), num_actions=self.num_actions)
         if state is None:
             state = self.initial_state(latent.shape[0])
         self._check_state(state, latent.shape[0])
@@ -119,7 +120,7 @@ class Mamba2Backbone(nn.Module):
 
         Args:
           latent: `[B, T, S]` float, z_t.
-          action: `[B, T]` int, a_t, taken in z_t.
+          action: `[B, T]` int, a_t (float `[B, T, A]` if continuous), taken in z_t.
           horizon: how many times `step` may be called with the window, static; features beyond it are NaN.
           segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
           unrolled: for steps in a loop that is unrolled whole, where the window can be read only as far as it is
@@ -133,10 +134,11 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit, or the horizon is not positive.
         """
-        check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        check_inputs(latent, action, segment_ids, axes=("B", "T"), num_actions=self.num_actions)
         checks.integers("backbone", horizon=horizon)
         index = None if segment_ids is None else segment_index(segment_ids)
-        if classes is not None and gpu_rollout.serves(self.config, self.dtype, latent.shape[-1], classes):
+        discrete = isinstance(self.num_actions, int)
+        if discrete and classes is not None and gpu_rollout.serves(self.config, self.dtype, latent.shape[-1], classes):
             index = jnp.zeros(action.shape, jnp.int32) if index is None else index
             return gpu_rollout.open_window(
                 self.config, self.variables["params"], self.stem(latent, action), index,
@@ -156,7 +158,7 @@ class Mamba2Backbone(nn.Module):
 
         Args:
           latent: `[B, S]` float, z_t.
-          action: `[B]` int, a_t.
+          action: `[B]` int, a_t (float `[B, A]` if continuous).
           state: the state before the step, or a window from `open_window`.
 
         Returns:
@@ -165,7 +167,7 @@ class Mamba2Backbone(nn.Module):
         Raises:
           ValueError: if latent and action do not fit.
         """
-        check_inputs(latent, action, None, axes=("B",))
+        check_inputs(latent, action, None, axes=("B",), num_actions=self.num_actions)
         self._check_state(state, latent.shape[0], Mamba2Window, gpu_rollout.GpuWindow)
         if isinstance(state, gpu_rollout.GpuWindow):
             feature, window = gpu_rollout.step(

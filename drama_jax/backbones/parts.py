@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
-from drama_jax import checks
+from drama_jax import action_space, checks
+from drama_jax.action_space import ActionSpace, Continuous
 from drama_jax.nn import rms_norm
 from drama_jax.precision import at_least_float32
 
@@ -25,10 +26,10 @@ _SMALLEST_STEP_SIZE = 1e-4
 
 
 class Stem(nn.Module):
-    """SiLU(RMSNorm(W [latent, one-hot action] + b)), [..., S] and [...] -> [..., D]."""
+    """SiLU(RMSNorm(W [latent, action] + b)), the action one-hot or continuous, [..., S] and [...] -> [..., D]."""
 
     width: int
-    num_actions: int
+    num_actions: ActionSpace
     dtype: jax.typing.DTypeLike
 
     @nn.compact
@@ -37,16 +38,29 @@ class Stem(nn.Module):
         size, wide = latent.shape[-1], at_least_float32(self.dtype)
         if self.has_variable("params", "kernel"):
             rows = self.get_variable("params", "kernel").shape[0]
-            if rows != size + self.num_actions:
-                raise ValueError(
-                    f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
-                    f"A = {self.num_actions} actions"
-                )
-        kernel = self.param("kernel", uniform_fan_in(), (size + self.num_actions, self.width), wide)
+            check_rows(rows, size, self.num_actions)
+        rows = size + action_space.size(self.num_actions)
+        kernel = self.param("kernel", uniform_fan_in(), (rows, self.width), wide)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), wide)
         embedded = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
-        x = embedded + lookup(kernel[size:].astype(wide), action) + bias.astype(wide)
+        x = embedded + embed_action(kernel[size:].astype(wide), action, self.num_actions) + bias.astype(wide)
         return nn.silu(rms_norm(STEM_EPS, wide, name="norm")(x))
+
+
+def check_rows(rows: int, size: int, num_actions: ActionSpace) -> None:
+    """Raises a ValueError if a stem's kernel of so many rows is not for latents of this size and these actions."""
+    if rows != size + action_space.size(num_actions):
+        raise ValueError(
+            f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
+            f"A = {action_space.size(num_actions)} actions"
+        )
+
+
+def embed_action(kernel: jax.Array, action: jax.Array, num_actions: ActionSpace) -> jax.Array:
+    """The rows [A, D] of a stem's kernel for actions [...] int, or [..., A] continuous: their product, [..., D]."""
+    if not isinstance(num_actions, Continuous):
+        return lookup(kernel, action)
+    return jnp.matmul(action.astype(kernel.dtype), kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_vjp
@@ -73,11 +87,17 @@ def _rows_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> t
 lookup.defvjp(_rows_forward, _rows_backward)
 
 
-def check_inputs(latent: jax.Array, action: jax.Array, segment_ids: jax.Array | None, axes: tuple[str, ...]) -> None:
+def check_inputs(
+    latent: jax.Array,
+    action: jax.Array,
+    segment_ids: jax.Array | None,
+    axes: tuple[str, ...],
+    num_actions: ActionSpace,
+) -> None:
     checks.arrays(
         "backbone",
         latent=(latent, (*axes, "S"), "float"),
-        action=(action, axes, "integer"),  # indices, not one-hot
+        action=(action, *action_space.spec(num_actions, axes)),  # indices, not one-hot, if discrete
         segment_ids=(segment_ids, axes, "integer or None"),
     )
 

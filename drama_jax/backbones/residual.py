@@ -18,6 +18,7 @@ import jax.typing
 from flax import linen as nn
 
 from drama_jax import checks
+from drama_jax.action_space import ActionSpace
 from drama_jax.backbones.parts import BLOCK_EPS, Stem, check_inputs
 from drama_jax.config import BackboneConfig
 from drama_jax.nn import rms_norm
@@ -36,7 +37,7 @@ class ResidualBackbone(nn.Module):
     """The whole sequence model but for its blocks; see `drama_jax.backbones` for the interface."""
 
     config: BackboneConfig
-    num_actions: int
+    num_actions: ActionSpace
     dtype: jax.typing.DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -70,7 +71,7 @@ class ResidualBackbone(nn.Module):
 
         Args:
           latent: `[B, T, S]` float, z_t.
-          action: `[B, T]` int, a_t, taken in z_t.
+          action: `[B, T]` int, a_t (float `[B, T, A]` if continuous), taken in z_t.
           state: the state before the first step; zeros if absent.
           segment_ids: optional `[B, T]` int; the state is dropped where the id changes, and `state` belongs to id 0.
 
@@ -80,7 +81,7 @@ class ResidualBackbone(nn.Module):
         Raises:
           TypeError, ValueError: if latent, action and state do not fit.
         """
-        check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        check_inputs(latent, action, segment_ids, axes=("B", "T"), num_actions=self.num_actions)
         if state is None:
             state = self.initial_state(latent.shape[0])
         self._check_state(state, latent.shape[0])
@@ -106,7 +107,7 @@ class ResidualBackbone(nn.Module):
 
         Args:
           latent: `[B, T, S]` float, z_t.
-          action: `[B, T]` int, a_t, taken in z_t.
+          action: `[B, T]` int, a_t (float `[B, T, A]` if continuous), taken in z_t.
           horizon: at least 1; any number of steps may follow.
           segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
           unrolled: makes no difference.
@@ -127,7 +128,7 @@ class ResidualBackbone(nn.Module):
 
         Args:
           latent: `[B, S]` float, z_t.
-          action: `[B]` int, a_t.
+          action: `[B]` int, a_t (float `[B, A]` if continuous).
           state: the state before the step.
 
         Returns:
@@ -136,7 +137,7 @@ class ResidualBackbone(nn.Module):
         Raises:
           TypeError, ValueError: if latent, action and state do not fit.
         """
-        check_inputs(latent, action, None, axes=("B",))
+        check_inputs(latent, action, None, axes=("B",), num_actions=self.num_actions)
         self._check_state(state, latent.shape[0])
         residual, states = self.stem(latent, action), []
         for block, memory in zip(self.layers, state.layers, strict=True):

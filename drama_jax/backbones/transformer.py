@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
-from drama_jax import checks
-from drama_jax.backbones.parts import check_inputs, lookup, uniform_fan_in
+from drama_jax import action_space, checks
+from drama_jax.action_space import ActionSpace
+from drama_jax.backbones.parts import check_inputs, check_rows, embed_action, lookup, uniform_fan_in
 from drama_jax.config import BackboneConfig
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import segment_index
@@ -55,7 +56,7 @@ class TransformerBackbone(nn.Module):
     """
 
     config: BackboneConfig
-    num_actions: int
+    num_actions: ActionSpace
     dtype: jax.typing.DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -86,7 +87,7 @@ class TransformerBackbone(nn.Module):
 
         Args:
           latent: `[B, T, S]` float, z_t; T at most `max_length`.
-          action: `[B, T]` int, a_t, taken in z_t.
+          action: `[B, T]` int, a_t (float `[B, T, A]` if continuous), taken in z_t.
           state: the state before the first step; an empty one if absent.
           segment_ids: optional `[B, T]` int; the state is dropped where the id changes, and `state` belongs to id 0.
 
@@ -96,7 +97,7 @@ class TransformerBackbone(nn.Module):
         Raises:
           TypeError, ValueError: if latent, action and state do not fit, or the sequence is too long.
         """
-        check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        check_inputs(latent, action, segment_ids, axes=("B", "T"), num_actions=self.num_actions)
         slots = self.config.max_length
         if state is not None:
             self._check_state(state, latent.shape[0])
@@ -117,7 +118,7 @@ class TransformerBackbone(nn.Module):
 
         Args:
           latent: `[B, T, S]` float, z_t.
-          action: `[B, T]` int, a_t, taken in z_t.
+          action: `[B, T]` int, a_t (float `[B, T, A]` if continuous), taken in z_t.
           horizon: how many steps may follow, static; features beyond it are NaN.
           segment_ids: optional `[B, T]` int; the past is dropped where the id changes.
           unrolled: makes no difference.
@@ -130,7 +131,7 @@ class TransformerBackbone(nn.Module):
           TypeError, ValueError: if latent and action do not fit, or context and horizon are too long.
         """
         del unrolled, classes
-        check_inputs(latent, action, segment_ids, axes=("B", "T"))
+        check_inputs(latent, action, segment_ids, axes=("B", "T"), num_actions=self.num_actions)
         checks.integers("backbone", 1, self.config.max_length, horizon=horizon)
         self._check_length(latent.shape[1] + horizon)
         return self._sequence(latent, action, None, segment_ids, latent.shape[1] + horizon)
@@ -140,7 +141,7 @@ class TransformerBackbone(nn.Module):
 
         Args:
           latent: `[B, S]` float, z_t.
-          action: `[B]` int, a_t.
+          action: `[B]` int, a_t (float `[B, A]` if continuous).
           state: the state before the step, also one from `open_window`.
 
         Returns:
@@ -149,7 +150,7 @@ class TransformerBackbone(nn.Module):
         Raises:
           TypeError, ValueError: if latent, action and state do not fit.
         """
-        check_inputs(latent, action, None, axes=("B",))
+        check_inputs(latent, action, None, axes=("B",), num_actions=self.num_actions)
         self._check_state(state, latent.shape[0])
         x = self._embed(latent, action, state.length)
         layers = []
@@ -168,7 +169,7 @@ class TransformerBackbone(nn.Module):
         slots: int,
     ) -> tuple[jax.Array, TransformerState]:
         """The parallel form; the state after it has `slots` slots."""
-        batch, time = action.shape
+        batch, time = action.shape[:2]
         self._check_length(time)
         length = jnp.zeros((batch,), jnp.int32) if state is None else state.length
         index = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else segment_index(segment_ids)
@@ -230,10 +231,13 @@ def _newest(rows: jax.Array, *, start: jax.Array, time: int, slots: int) -> jax.
 
 
 class TransformerStem(nn.Module):
-    """LN(W ReLU(LN(W [latent, one-hot action]))), [..., S] and [...] -> [..., D] in at least float32."""
+    """LN(W ReLU(LN(W [latent, action]))), the action one-hot or continuous.
+
+    [..., S] and [...] -> [..., D] in at least float32.
+    """
 
     width: int
-    num_actions: int
+    num_actions: ActionSpace
     dtype: jax.typing.DTypeLike
 
     @nn.compact
@@ -242,14 +246,12 @@ class TransformerStem(nn.Module):
         size, wide = latent.shape[-1], at_least_float32(self.dtype)
         if self.has_variable("params", "kernel"):
             rows = self.get_variable("params", "kernel").shape[0]
-            if rows != size + self.num_actions:
-                raise ValueError(
-                    f"backbone: these parameters are for S + A = {rows}, got latents of S = {size} and "
-                    f"A = {self.num_actions} actions"
-                )
-        kernel = self.param("kernel", uniform_fan_in(), (size + self.num_actions, self.width), wide)
+            check_rows(rows, size, self.num_actions)
+        rows = size + action_space.size(self.num_actions)
+        kernel = self.param("kernel", uniform_fan_in(), (rows, self.width), wide)
         x = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
-        x = nn.relu(layer_norm(_STEM_EPS, wide, "norm")(x + lookup(kernel[size:].astype(wide), action)))
+        x = x + embed_action(kernel[size:].astype(wide), action, self.num_actions)
+        x = nn.relu(layer_norm(_STEM_EPS, wide, "norm")(x))
         return layer_norm(_STEM_EPS, wide, "norm_out")(linear(self.width, self.dtype, "out")(x).astype(wide))
 
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drama_jax import checks, distributions, optim
-from drama_jax.behaviour import gpu_actor, networks, normalisers
+from drama_jax import action_space, checks, distributions, optim
+from drama_jax.action_space import ActionSpace, Continuous
+from drama_jax.behaviour import gpu_actor, networks, normalisers, policies
 from drama_jax.behaviour.returns import lambda_returns, survival
 from drama_jax.config import BehaviourConfig, Fidelity
 from drama_jax.precision import at_least_float32, named
@@ -43,7 +44,7 @@ class LossTerms:
     value_loss: jax.Array  # [] f32, cross-entropy with the online critic's returns
     slow_value_loss: jax.Array  # [] f32, cross-entropy with the slow critic's returns
     entropy: jax.Array  # [] f32, nats
-    logits: jax.Array  # [B, L, A] f32, of the policy
+    logits: jax.Array  # [B, L, A] f32, of the policy; [B, L, 2 A] if continuous
     values: jax.Array  # [B, L+1] f32
     slow_values: jax.Array  # [B, L+1] f32
     returns: jax.Array  # [B, L] f32, from `values`
@@ -51,11 +52,12 @@ class LossTerms:
     return_scale: normalisers.ReturnScale  # moved by `returns`
 
 
-def init(key: jax.Array, config: BehaviourConfig, feature_size: int, num_actions: int) -> BehaviourState:
-    """A fresh behaviour for features of size F and A actions. The key is consumed."""
+def init(key: jax.Array, config: BehaviourConfig, feature_size: int, num_actions: ActionSpace) -> BehaviourState:
+    """A fresh behaviour for features of size F and A actions, or `Continuous(A)`. The key is consumed."""
     checks.instances("behaviour.init", config=(config, BehaviourConfig))
     checks.key("behaviour.init", key)
-    checks.integers("behaviour.init", feature_size=feature_size, num_actions=num_actions)
+    checks.integers("behaviour.init", feature_size=feature_size)
+    action_space.check("behaviour.init", num_actions)
     dtype = at_least_float32(named(config.compute_dtype))
     actor_key, critic_key = jax.random.split(key)
     features = jnp.zeros((1, feature_size), dtype)
@@ -76,14 +78,16 @@ def init(key: jax.Array, config: BehaviourConfig, feature_size: int, num_actions
 def policy_logits(
     config: BehaviourConfig, params: dict[str, Params], normaliser: normalisers.InputNormaliser, features: jax.Array
 ) -> jax.Array:
-    """Policy logits of features [..., F] -> [..., A] in at least float32. No statistic moves."""
+    """Policy logits of features [..., F] -> [..., A] in at least float32. No statistic moves.
+
+    For continuous actions they are the [..., 2 A] outputs that `policies.gaussian` reads.
+    """
     function = "behaviour.policy_logits"
     checks.instances(function, config=(config, BehaviourConfig), normaliser=(normaliser, normalisers.InputNormaliser))
     checks.parts(function, "params", params, "actor")
     checks.arrays(function, features=(features, (..., normaliser.mean.shape[0]), "float"))
-    num_actions = params["actor"]["output"]["bias"].shape[-1]
     inputs = normalisers.apply(normaliser, features)
-    logits: jax.Array = networks.actor(config, num_actions).apply({"params": params["actor"]}, inputs)
+    logits: jax.Array = networks.actor_of(config, params["actor"]).apply({"params": params["actor"]}, inputs)
     return logits
 
 
@@ -104,17 +108,18 @@ def sample_actions(
       key: consumed.
 
     Returns:
-      [B] int32.
+      [B] int32, or [B, A] float32 if continuous.
     """
     function = "behaviour.sample_actions"
     checks.instances(function, config=(config, BehaviourConfig), normaliser=(normaliser, normalisers.InputNormaliser))
     checks.parts(function, "params", params, "actor")
     checks.key(function, key)
     checks.arrays(function, **{f"parts[{i}]": (part, ("B", f"F{i}"), "float") for i, part in enumerate(parts)})
-    if gpu_actor.serves(key, parts, params["actor"]):
+    continuous = networks.is_continuous(params["actor"])
+    if not continuous and gpu_actor.serves(key, parts, params["actor"]):
         return gpu_actor.choose_actions(key, parts, normaliser, params["actor"])
     logits = policy_logits(config, params, normaliser, jnp.concatenate(list(parts), axis=-1))
-    return jax.random.categorical(key, logits)
+    return policies.sample(key, logits, continuous=continuous)
 
 
 def value_logits(config: BehaviourConfig, critic: Params, features: jax.Array) -> jax.Array:
@@ -150,7 +155,7 @@ def loss(
       params: what the loss is differentiated by; takes the place of `state.params`.
       state: slow critic, input statistics (moved by this batch already) and return scale (not yet moved).
       features: [B, L+1, F], the last column only to bootstrap from.
-      actions: [B, L] i32.
+      actions: [B, L] i32, or [B, L, A] f32 if continuous.
       rewards: [B, L].
       terminations: [B, L] bool.
       entropy_scale: overrides `config.entropy_scale`; may be a traced scalar.
@@ -169,12 +174,13 @@ def loss(
     scale = normalisers.update_return_scale(config, state.return_scale, returns)
     advantages = (returns - values[:, :-1]) / jnp.maximum(1.0, scale.spread)
 
-    log_probs = action_log_probs(logits, actions)
+    continuous = networks.is_continuous(params["actor"])
+    log_probs = action_log_probs(logits, actions, continuous=continuous)
     terms = LossTerms(
         policy_loss=-jnp.mean(weights * log_probs * advantages),
         value_loss=jnp.mean(weights * distributions.two_hot_loss(raw_values[:, :-1], returns)),
         slow_value_loss=jnp.mean(weights * distributions.two_hot_loss(raw_values[:, :-1], slow_returns)),
-        entropy=jnp.mean(weights * distributions.categorical_entropy(logits)),
+        entropy=jnp.mean(weights * policies.entropy(logits, continuous=continuous)),
         logits=logits,
         values=values,
         slow_values=slow_values,
@@ -221,10 +227,9 @@ def targets(
     return returns, slow_returns, weights
 
 
-def action_log_probs(logits: jax.Array, actions: jax.Array) -> jax.Array:
-    """Log-probabilities [...] of actions [...] int under logits [..., A]."""
-    chosen = jax.nn.one_hot(actions, logits.shape[-1], dtype=logits.dtype)
-    return jnp.sum(jax.nn.log_softmax(logits) * chosen, axis=-1)
+def action_log_probs(logits: jax.Array, actions: jax.Array, *, continuous: bool = False) -> jax.Array:
+    """Log-probabilities [...] of actions [...] int under logits [..., A]; continuous ones see `policies.log_probs`."""
+    return policies.log_probs(logits, actions, continuous=continuous)
 
 
 @jax.named_scope("behaviour")
@@ -250,7 +255,7 @@ def update(
       fidelity: which reading of the paper, see `loss`.
       state: the behaviour before the step.
       features: [B, L+1, F]; no gradient flows into them.
-      actions: [B, L] i32.
+      actions: [B, L] i32, or [B, L, A] f32 if continuous.
       rewards: [B, L].
       terminations: [B, L] bool.
       learning_rate: overrides `config.optimizer.learning_rate`; may be a traced scalar.
@@ -293,6 +298,13 @@ def update(
     return state, {f"actor_critic/{name}": value for name, value in metrics.items()}
 
 
+def _num_actions(function: str, params: dict[str, Params]) -> ActionSpace:
+    """What the actor of these parameters chooses from; of discrete actions only that there are some."""
+    checks.parts(function, "state.params", params, "actor")
+    actor = params["actor"]
+    return Continuous(actor[networks.GAUSSIAN]["bias"].shape[-1] // 2) if networks.is_continuous(actor) else 1
+
+
 def check_rollouts(
     function: str,
     config: BehaviourConfig,
@@ -308,7 +320,7 @@ def check_rollouts(
     checks.instances(function, state=(state, BehaviourState))
     checks.arrays(
         function,
-        actions=(actions, ("B", "L"), "integer"),
+        actions=(actions, *action_space.spec(_num_actions(function, state.params), ("B", "L"))),
         rewards=(rewards, ("B", "L"), "float"),
         terminations=(terminations, ("B", "L"), "bool"),
     )

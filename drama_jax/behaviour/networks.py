@@ -6,10 +6,14 @@ and outputs in at least float32. F feature size, A actions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
+from drama_jax.action_space import ActionSpace, Continuous
 from drama_jax.config import BehaviourConfig
 from drama_jax.nn.rms_norm import rms_norm
 from drama_jax.precision import at_least_float32, named
@@ -17,6 +21,8 @@ from drama_jax.precision import at_least_float32, named
 EPSILON = 1e-6
 """Of the norms."""
 HIDDEN_GAIN = 2**0.5
+GAUSSIAN = "gaussian"
+"""Name of the output layer of an actor for continuous actions; any other's is "output"."""
 OUTPUT_GAIN = 1e-3
 """A near-uniform policy and values near zero at the start."""
 
@@ -31,6 +37,7 @@ class MLP(nn.Module):
     units: int
     outputs: int
     dtype: DTypeLike
+    output_name: str = "output"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -45,12 +52,27 @@ class MLP(nn.Module):
         for i in range(self.layers):
             x = dense(self.units, HIDDEN_GAIN, f"hidden_{i}")(x).astype(wide)
             x = nn.silu(rms_norm(EPSILON, wide, name=f"norm_{i}")(x)).astype(self.dtype)
-        return dense(self.outputs, OUTPUT_GAIN, "output")(x).astype(wide)
+        return dense(self.outputs, OUTPUT_GAIN, self.output_name)(x).astype(wide)
 
 
-def actor(config: BehaviourConfig, num_actions: int) -> MLP:
-    """Normalised features [..., F] -> policy logits [..., A]."""
-    return MLP(config.actor_layers, config.actor_units, num_actions, named(config.compute_dtype))
+def actor(config: BehaviourConfig, num_actions: ActionSpace) -> MLP:
+    """Normalised features [..., F] -> policy logits [..., A], or [..., 2 A] of a tanh-Gaussian (see `policies`)."""
+    sizes = (config.actor_layers, config.actor_units)
+    if isinstance(num_actions, Continuous):
+        return MLP(*sizes, 2 * num_actions.size, named(config.compute_dtype), output_name=GAUSSIAN)
+    return MLP(*sizes, num_actions, named(config.compute_dtype))
+
+
+def actor_of(config: BehaviourConfig, params: Mapping[str, Any]) -> MLP:
+    """The actor that these are the parameters of."""
+    if is_continuous(params):
+        return actor(config, Continuous(params[GAUSSIAN]["bias"].shape[-1] // 2))
+    return actor(config, params["output"]["bias"].shape[-1])
+
+
+def is_continuous(actor: Mapping[str, Any]) -> bool:
+    """Whether these are the parameters of an actor for continuous actions."""
+    return GAUSSIAN in actor
 
 
 def critic(config: BehaviourConfig) -> MLP:

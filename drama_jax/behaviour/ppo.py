@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from drama_jax import checks, distributions, optim
-from drama_jax.behaviour import normalisers
+from drama_jax.behaviour import networks, normalisers, policies
 from drama_jax.behaviour.actor_critic import (
     BehaviourState,
     Params,
@@ -41,7 +41,7 @@ class Rows:
     """Imagined steps, in any order, and what they are to teach; R of them, or B x L."""
 
     features: jax.Array  # [R, F] compute dtype
-    actions: jax.Array  # [R] int32
+    actions: jax.Array  # [R] int32, or [R, A] f32
     old_log_probs: jax.Array  # [R] f32, of the actions under the policy that chose them
     advantages: jax.Array  # [R] f32
     returns: jax.Array  # [R] f32, by the critic
@@ -92,7 +92,7 @@ def update(
       state: the behaviour before the update, which chose the actions. (In the released code it did so with the input
         statistics of each imagined step; here it is asked again, with those after the rollout.)
       features: [B, L+1, F]; no gradient flows into them.
-      actions: [B, L] i32.
+      actions: [B, L] i32, or [B, L, A] f32 if continuous.
       rewards: [B, L].
       terminations: [B, L] bool.
       key: shuffles the minibatches; consumed.
@@ -106,9 +106,9 @@ def update(
     check_rollouts("ppo.update", config, fidelity, state, features, actions, rewards, terminations)
     checks.key("ppo.update", key)
     order = None
-    if actions.size > config.minibatch_size:
+    if rewards.size > config.minibatch_size:
         keys = jax.random.split(key, config.epochs)
-        order = jax.vmap(lambda key: jax.random.permutation(key, actions.size))(keys)
+        order = jax.vmap(lambda key: jax.random.permutation(key, rewards.size))(keys)
     rollouts = (features, actions, rewards, terminations)
     state, steps, epochs = update_in_order(
         config, fidelity, state, *rollouts, order, learning_rate=learning_rate, entropy_scale=entropy_scale
@@ -147,11 +147,13 @@ def update_in_order(
     Returns:
       (state, terms of each step [epochs * minibatches], terms of each epoch [epochs, ...]).
     """
-    checks.arrays("ppo.update_in_order", order=(order, (config.epochs, actions.size), "integer or None"))
+    checks.arrays("ppo.update_in_order", order=(order, (config.epochs, rewards.size), "integer or None"))
     # Before anything moves: the policy that chose the actions.
-    old = action_log_probs(policy_logits(config, state.params, state.normaliser, features[:, :-1]), actions)
-    size = actions.size if order is None else min(config.minibatch_size, actions.size)
-    optimizer = _optimizer(config.optimizer, config.epochs * -(-actions.size // size), learning_rate)
+    continuous = networks.is_continuous(state.params["actor"])
+    logits = policy_logits(config, state.params, state.normaliser, features[:, :-1])
+    old = action_log_probs(logits, actions, continuous=continuous)
+    size = rewards.size if order is None else min(config.minibatch_size, rewards.size)
+    optimizer = _optimizer(config.optimizer, config.epochs * -(-rewards.size // size), learning_rate)
 
     def epoch(state: BehaviourState, order: jax.Array | None) -> tuple[BehaviourState, tuple[StepTerms, EpochTerms]]:
         state, rows, terms = _prepare(config, fidelity, state, features, actions, rewards, terminations, old)
@@ -163,7 +165,7 @@ def update_in_order(
         if order is None:
             state, steps = step(state, None)
             return state, (jax.tree.map(lambda term: term[None], steps), terms)
-        rows = jax.tree.map(lambda array: array.reshape(-1, *array.shape[actions.ndim :]), rows)
+        rows = jax.tree.map(lambda array: array.reshape(-1, *array.shape[rewards.ndim :]), rows)
         whole = order.shape[0] // size * size
         state, steps = jax.lax.scan(step, state, order[:whole].reshape(-1, size))
         if whole < order.shape[0]:
@@ -253,7 +255,8 @@ def loss(
     """
     logits = policy_logits(config, params, normaliser, rows.features)
     raw_values = value_logits(config, params["critic"], rows.features)
-    difference = action_log_probs(logits, rows.actions) - rows.old_log_probs
+    continuous = networks.is_continuous(params["actor"])
+    difference = action_log_probs(logits, rows.actions, continuous=continuous) - rows.old_log_probs
     ratio = jnp.exp(difference)
     clipped = jnp.clip(ratio, 1 - config.clip_ratio, 1 + config.clip_ratio)
     if not fidelity.gradient_through_clip:
@@ -265,7 +268,7 @@ def loss(
         "policy_loss": -jnp.mean(weights * gain),
         "value_loss": jnp.mean(weights * distributions.two_hot_loss(raw_values, rows.returns)),
         "slow_value_loss": jnp.mean(weights * distributions.two_hot_loss(raw_values, rows.slow_returns)),
-        "entropy": jnp.mean(weights * distributions.categorical_entropy(logits)),
+        "entropy": jnp.mean(weights * policies.entropy(logits, continuous=continuous)),
         # Unbiased and never negative, where -difference alone is only unbiased.
         "kl": jnp.mean(weights * (ratio - 1 - difference)),
     }

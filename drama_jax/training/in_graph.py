@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import agent, checks
+from drama_jax import action_space, agent, checks
 from drama_jax.agent import Acting, AgentState, Metrics
 from drama_jax.config import AgentConfig, ConfigError
 from drama_jax.envs.jax_env import JaxEnv, JaxEnvState
@@ -69,7 +69,7 @@ def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tupl
 
 def check_frames(config: AgentConfig, env: JaxEnv) -> None:
     """Raises a ConfigError if the agent's frames are not the environment's."""
-    expected = config.world_model.autoencoder.image_shape
+    expected = config.world_model.autoencoder.frame_shape
     if env.image_shape != expected:
         raise ConfigError(f"the agent sees frames of shape {expected}, but the environment shows {env.image_shape}")
 
@@ -124,7 +124,7 @@ def _check(function: str, env: JaxEnv, steps: int, loop: Loop) -> None:
 
 def _random_step(env: JaxEnv, loop: Loop, _: None) -> tuple[Loop, History]:
     key, action_key, env_key = jax.random.split(loop.key, 3)
-    action = jax.random.randint(action_key, (), 0, env.num_actions)
+    action = action_space.uniform(action_key, env.num_actions)
     loop, transition, history = _play(env, dataclasses.replace(loop, key=key), action, env_key)
     return dataclasses.replace(loop, agent=agent.observe(loop.agent, transition)), history
 

@@ -34,6 +34,9 @@ from drama_jax.training import scores
 
 CONFIG = "config.json"
 LATER = {
+    "agent/world_model/autoencoder/vector_size": 0,
+    "agent/world_model/autoencoder/vector_layers": 3,
+    "agent/world_model/autoencoder/vector_units": 256,
     "agent/world_model/backbone/mixer_width": 0,
     "agent/world_model/backbone/feedforward_width": 0,
     "agent/world_model/backbone/max_length": 128,

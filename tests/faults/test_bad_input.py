@@ -471,7 +471,10 @@ ARRAYS = [
     (lambda s: agent.imagine_video(s, batch(2, 6), key(), 6), "context must be an integer from 1 to 5, got 6"),
     (lambda s: agent.reconstruct(s, ones(2, 16, 16, 3), key()), "frames must be uint8 [..., 16, 16, 3], got float32"),
     (lambda s: replay.init(MICRO, (16, 16, 3)), "replay.init: config must be of type ReplayConfig, got a AgentConfig"),
-    (lambda s: replay.init(MICRO.replay, (16, 16)), "replay.init: image_shape must be (height, width, channels), got"),
+    (
+        lambda s: replay.init(MICRO.replay, (16, 16)),
+        "replay.init: image_shape must be (height, width, channels), or (entries",
+    ),
     (lambda s: replay.init(MICRO.replay, (16, 0, 3)), "replay.init: width must be an integer from 1"),
     (lambda s: replay.gather(s.replay, ints(2, 2), 3), "replay.gather: starts must be integer [M], got int32 [2, 2]"),
     (lambda s: replay.gather(s.replay, ints(2), 26), "replay.gather: length must be an integer from 1 to 25, got 26"),

@@ -1,0 +1,314 @@
+"""The agent with vector observations and continuous actions: autoencoder, stem, replay, and whole runs of two seeds."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drama_jax import action_space, agent, backbones, distributions, replay, vae, world_model
+from drama_jax.action_space import Continuous
+from drama_jax.config import (
+    AgentConfig,
+    AutoencoderConfig,
+    BackboneConfig,
+    BehaviourConfig,
+    ConfigError,
+    ImaginationConfig,
+    ReplayConfig,
+    RunConfig,
+    WorldModelConfig,
+)
+from drama_jax.envs.jax_env import JaxEnv, JaxEnvState, Outcome
+from drama_jax.training import in_graph
+from tests.tools import quick_jit
+
+VECTOR = AutoencoderConfig(vector_size=3, vector_layers=1, vector_units=16, categoricals=4, classes=4)
+CONFIG = AgentConfig(
+    world_model=WorldModelConfig(
+        autoencoder=VECTOR,
+        backbone=BackboneConfig(width=16, head_dim=8, chunk_size=4, num_layers=1),
+        head_units=16,
+        batch_size=2,
+        batch_length=8,
+        compute_dtype="float32",
+    ),
+    imagination=ImaginationConfig(batch_size=4, context_length=3, horizon=4, unroll=1),
+    behaviour=BehaviourConfig(
+        actor_layers=1, actor_units=16, critic_layers=1, critic_units=16, compute_dtype="float32"
+    ),
+    replay=ReplayConfig(capacity=32),
+    acting_context=4,
+    warmup_steps=16,
+)
+ACTIONS = Continuous(2)
+
+
+class PointMass(JaxEnv):
+    """Two forces push a point; it sees its place and the time left, far beyond -1..1."""
+
+    def __init__(self):
+        self.num_actions = ACTIONS
+        self.image_shape = (3,)
+
+    def reset(self, key):
+        return self._state(jax.random.uniform(key, (2,), minval=-1.0), jnp.zeros((), jnp.int32))
+
+    def step(self, state, action, key):
+        place, time = state.inner
+        place = place + 0.1 * action
+        last = time + 1 == 6
+        outcome = Outcome(reward=-jnp.abs(place).sum(), terminal=jnp.zeros((), bool), last=last)
+        following = self._state(place, time + 1)
+        return jax.tree.map(lambda new, old: jnp.where(last, new, old), self.reset(key), following), outcome
+
+    def _state(self, place, time):
+        frame = jnp.append(place, 100.0 * (6 - time).astype(jnp.float32))
+        return JaxEnvState(inner=(place, time), frame=frame, first=time == 0)
+
+
+def test_a_vector_goes_through_the_autoencoder(x64):
+    frames = jnp.asarray([[0.0, -3.0, 1e6], [1.0, 2.0, -0.5]], jnp.float32)
+    params, stats = vae.init(jax.random.key(0), VECTOR, jnp.float64)
+    assert stats == {"encoder": {}, "decoder": {}}
+    inputs = vae.to_inputs(VECTOR, frames, jnp.float64)
+    np.testing.assert_allclose(inputs, np.sign(frames) * np.log1p(np.abs(frames)), rtol=1e-6)
+    np.testing.assert_allclose(vae.to_frames(VECTOR, inputs), frames, rtol=1e-5)
+    embedding, moved = vae.encode(VECTOR, params, stats, inputs, train=True, dtype=jnp.float64)
+    assert embedding.shape == (2, 16) and moved == stats
+    log_probs = vae.posterior(VECTOR, params, embedding, dtype=jnp.float64)
+    assert log_probs.shape == (2, 4, 4)
+    np.testing.assert_allclose(jnp.exp(log_probs).sum(axis=-1), 1, rtol=1e-12)
+    latent = jnp.ones((2, 16))
+    outputs, moved = vae.decode(VECTOR, params, stats, latent, train=True, dtype=jnp.float64)
+    assert outputs.shape == (2, 3) and outputs.dtype == jnp.float64 and moved == stats
+
+    def error(parameters):
+        embedding, _ = vae.encode(VECTOR, parameters, stats, inputs, train=True, dtype=jnp.float64)
+        probs = jnp.exp(vae.posterior(VECTOR, parameters, embedding, dtype=jnp.float64)).reshape(2, -1)
+        outputs, _ = vae.decode(VECTOR, parameters, stats, probs, train=True, dtype=jnp.float64)
+        return jnp.square(outputs - inputs).sum()
+
+    flat, rebuild = jax.flatten_util.ravel_pytree(params)
+    gradient = jax.grad(lambda x: error(rebuild(x)))(flat)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(rebuild(gradient)))
+    directions = jnp.asarray(np.random.default_rng(1).normal(size=(5, flat.size)))
+    for direction in directions:
+        difference = (error(rebuild(flat + 1e-6 * direction)) - error(rebuild(flat - 1e-6 * direction))) / 2e-6
+        np.testing.assert_allclose(gradient @ direction, difference, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "transformer", "gru"])
+def test_a_continuous_action_takes_part_by_the_rows_that_a_discrete_one_picks(x64, name):
+    """One-hot vectors are the indices; any other vector is the sum of rows, in sequences and in steps."""
+    config = BackboneConfig(name=name, width=16, head_dim=8, chunk_size=4, num_layers=1, max_length=8)
+    discrete, continuous = (backbones.make(config, actions, jnp.float64) for actions in (3, Continuous(3)))
+    rng = np.random.default_rng(2)
+    latent, index = jnp.asarray(rng.normal(size=(2, 5, 6))), jnp.asarray(rng.integers(0, 3, (2, 5)), jnp.int32)
+    vector = jnp.asarray(rng.uniform(-1, 1, (2, 5, 3)), jnp.float32)
+
+    @quick_jit
+    def features(key):
+        variables = discrete.init(key, latent, index)
+        one, _ = discrete.apply(variables, latent, index)
+        same, _ = continuous.apply(variables, latent, jax.nn.one_hot(index, 3, dtype=jnp.float32))
+        other, _ = continuous.apply(variables, latent, vector)
+        parts, window = continuous.apply(
+            variables, latent[:, :4], vector[:, :4], horizon=1, classes=3, method="open_window"
+        )
+        last, _ = continuous.apply(variables, latent[:, 4], vector[:, 4], window, method="step")
+        return one, same, other, jnp.concatenate([parts, last[:, None]], axis=1)
+
+    one, same, other, by_step = features(jax.random.key(3))
+    np.testing.assert_allclose(same, one, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(by_step, other, rtol=1e-9, atol=1e-12)
+    assert np.abs(other - one).max() > 1e-3
+
+
+def test_the_reconstruction_loss_is_a_squared_error_of_symlog_values():
+    frames = jnp.asarray(np.random.default_rng(4).normal(scale=50, size=(2, 8, 3)), jnp.float32)
+    flags, zeros = jnp.zeros((2, 8), bool), jnp.zeros((2, 8))
+    batch = replay.Batch(frames=frames, actions=jnp.zeros((2, 8, 2)), rewards=zeros, terminals=flags, firsts=flags)
+    outputs = jnp.asarray(np.random.default_rng(5).normal(size=(2, 8, 3)), jnp.float32)
+    out = world_model.Forward(
+        embedding=jnp.zeros((2, 8, 16)),
+        posterior=jnp.zeros((2, 8, 4, 4)),
+        latent=jnp.zeros((2, 8, 16)),
+        reconstruction=outputs,
+        features=jnp.zeros((2, 8, 16)),
+        prior=jnp.zeros((2, 8, 4, 4)),
+        reward_logits=jnp.zeros((2, 8, 255)),
+        termination_logits=zeros,
+    )
+    _, terms = world_model.losses(CONFIG.world_model, out, batch, None)
+    expected = np.square(outputs - np.sign(frames) * np.log1p(np.abs(frames))).sum(axis=-1).mean()
+    np.testing.assert_allclose(terms["reconstruction_loss"], expected, rtol=1e-5)
+
+
+def shapes(config=CONFIG):
+    return jax.eval_shape(lambda key: agent.init(key, config, ACTIONS), jax.random.key(0))
+
+
+def test_replay_and_contexts_are_as_configured():
+    memory = shapes().replay
+    assert (memory.frames.shape, memory.frames.dtype) == ((32, 3), jnp.float32)
+    assert (memory.actions.shape, memory.actions.dtype, memory.capacity) == ((32, 2), jnp.float32, 32)
+    ring = replay.init(ReplayConfig(capacity=3), (3,), ACTIONS, dtype="float32")
+    for i in range(4):
+        step = replay.Transition(
+            frame=jnp.full(3, 1e3 + i),
+            action=jnp.full(2, -0.1 * i),
+            reward=jnp.asarray(i, jnp.float32),
+            terminal=jnp.asarray(False),
+            first=jnp.asarray(False),
+        )
+        ring = replay.add(ring, step)
+    batch = replay.gather(ring, jnp.asarray([0, 1]), 2)
+    np.testing.assert_array_equal(batch.frames[..., 0], [[1001, 1002], [1002, 1003]])
+    np.testing.assert_allclose(batch.actions[..., 1], [[-0.1, -0.2], [-0.2, -0.3]], rtol=1e-6)
+    for context in (agent.initial_acting, agent.initial_encoded_acting):
+        acting = jax.eval_shape(lambda state, make=context: make(state, 5), shapes())
+        assert acting.actions.shape == (5, 4, 2) and acting.actions.dtype == jnp.float32
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Two seeds of a whole run, vmapped: warm-up, acting and three updates; (before, after, history, metrics)."""
+    env = PointMass()
+
+    def run(key):
+        loop, _ = in_graph.play_randomly(env, CONFIG.warmup_steps, in_graph.begin(CONFIG, env, key))
+        after, history, metrics = in_graph.train(env, 3, loop)
+        return loop.agent, after.agent, history, metrics
+
+    return quick_jit(jax.vmap(run))(jax.random.split(jax.random.key(6), 2))
+
+
+def test_a_whole_run_of_two_seeds_is_finite_and_moves_everything(trained):
+    before, after, history, metrics = trained
+    chex.assert_tree_all_finite((metrics, history, after.world_model, after.behaviour, after.replay))
+    assert {"world_model/reconstruction_loss", "actor_critic/entropy"} <= set(metrics)
+    for name, old, new in (
+        ("world model", before.world_model.params, after.world_model.params),
+        ("actor", before.behaviour.params, after.behaviour.params),
+        ("normaliser", before.behaviour.normaliser, after.behaviour.normaliser),
+    ):
+        moved = [
+            not np.array_equal(a[seed], b[seed])
+            for a, b in zip(*map(jax.tree.leaves, (old, new)), strict=True)
+            for seed in range(2)
+        ]
+        assert any(moved), name
+    played = np.asarray(after.replay.actions)[:, :19]
+    assert (np.abs(played) < 1).all() and len(np.unique(played)) == played.size
+    assert not np.array_equal(played[0], played[1])  # two seeds
+    assert (np.asarray(metrics["guard/skipped"])[:, -1] == 0).all() if "guard/skipped" in metrics else True
+
+
+def test_what_is_imagined_reconstructed_and_dreamt_has_the_right_shapes(trained):
+    state = jax.tree.map(lambda leaf: leaf[0], trained[1])
+
+    def everything(state):
+        batch = replay.gather(state.replay, jnp.arange(2), 6)
+        imagined, _ = agent.imagine(state, replay.gather(state.replay, jnp.arange(2), 3), state.key)
+        acting, encoded = agent.initial_acting(state, 2), agent.initial_encoded_acting(state, 2)
+        first = jnp.ones(2, bool)
+        return (
+            imagined.actions,
+            agent.reconstruct(state, batch.frames, state.key),
+            agent.imagine_video(state, batch, state.key, 4),
+            agent.act(state, acting, batch.frames[:, 0], state.key, first)[0],
+            agent.act(state, encoded, batch.frames[:, 0], state.key, first, greedy=True)[0],
+        )
+
+    wanted = [(2, 4, 2), (2, 6, 3), (2, 6, 3), (2, 2), (2, 2)]
+    assert [(array.shape, array.dtype) for array in jax.eval_shape(everything, state)] == [
+        (shape, jnp.float32) for shape in wanted
+    ]
+    reference = dataclasses.replace(
+        CONFIG,
+        fidelity=dataclasses.replace(CONFIG.fidelity, first_action_from_policy=False),
+        imagination=dataclasses.replace(CONFIG.imagination, unroll=4),
+    )
+    given = dataclasses.replace(state, config=reference)
+    assert [array.shape for array in jax.eval_shape(everything, given)] == wanted
+
+
+def test_random_actions_fill_the_cube():
+    key = jax.random.key(7)
+    actions = action_space.uniform(key, Continuous(3), (2000,))
+    assert actions.shape == (2000, 3) and actions.dtype == jnp.float32
+    assert -1 <= actions.min() < -0.99 and 0.99 < actions.max() < 1
+    np.testing.assert_array_equal(action_space.uniform(key, 5, (9,)), jax.random.randint(key, (9,), 0, 5))
+
+
+def test_symlog_of_vectors_is_the_one_of_rewards():
+    frames = jnp.asarray([[3.0, -4.0, 0.0]])
+    np.testing.assert_array_equal(vae.to_inputs(VECTOR, frames, jnp.float32), distributions.symlog(frames))
+
+
+def transition(frame, action):
+    return replay.Transition(
+        frame=frame, action=action, reward=jnp.zeros(()), terminal=jnp.asarray(False), first=jnp.asarray(False)
+    )
+
+
+def look(actions, **options):
+    state = shapes().world_model
+    latent = jnp.zeros((2, 5, 16))
+    return jax.eval_shape(
+        lambda params: world_model.observe(
+            CONFIG.world_model, params, latent, actions, **{"num_actions": ACTIONS} | options
+        ),
+        state.params,
+    )
+
+
+BAD = [
+    (lambda: Continuous(0), "Continuous.size must be at least 1, an integer, got 0"),
+    (lambda: Continuous(2.0), "Continuous.size must be at least 1, an integer, got 2.0"),
+    (lambda: AutoencoderConfig(vector_size=-1), "AutoencoderConfig.vector_size must be >= 0, got -1"),
+    (lambda: AutoencoderConfig(vector_layers=0), "AutoencoderConfig.vector_layers must be positive, got 0"),
+    (
+        lambda: RunConfig(agent=CONFIG),
+        "agent.world_model.autoencoder.vector_size must be 0 for Atari, which shows images, got 3",
+    ),
+    (lambda: replay.init(ReplayConfig(), (3,), "2"), "replay.init: num_actions must be an integer from 1"),
+    (lambda: replay.init(ReplayConfig(), (3,), dtype="int8"), "dtype must be 'uint8' or 'float32', got 'int8'"),
+    (
+        lambda: replay.init(ReplayConfig(), (3, 2)),
+        "image_shape must be (height, width, channels), or (entries,) of a vector, got (3, 2)",
+    ),
+    (
+        lambda: jax.eval_shape(agent.observe, shapes(), transition(jnp.zeros(3), jnp.zeros(3))),
+        "replay.add: action must be float32 [2], got float32 [3]",
+    ),
+    (
+        lambda: jax.eval_shape(agent.observe, shapes(), transition(jnp.zeros(4), jnp.zeros(2))),
+        "replay.add: frame must be float32 [3], got float32 [4]",
+    ),
+    (
+        lambda: look(jnp.zeros((2, 5), jnp.int32)),
+        "world_model.observe: actions must be float [B, T, 2], here [2, 5, 2]",
+    ),
+    (lambda: look(jnp.zeros((2, 5, 3))), "world_model.observe: actions must be float [B, T, 2], here [2, 5, 2], got"),
+    (
+        lambda: look(jnp.zeros((2, 5, 3)), num_actions=Continuous(3)),
+        "these parameters are for S + A = 18, got latents of S = 16 and A = 3 actions",
+    ),
+    (lambda: vae.to_inputs(VECTOR, jnp.zeros((2, 4)), jnp.float32), "frames must be float32 [N, 3]"),
+    (lambda: vae.to_frames(VECTOR, jnp.zeros((2, 4))), "outputs must be float [N, 3]"),
+    (
+        lambda: in_graph.run(dataclasses.replace(CONFIG, world_model=WorldModelConfig()), PointMass(), 0, steps=1),
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "line"), BAD, ids=[line for _, line in BAD])
+def test_wrong_arguments_are_one_line(call, line):
+    with pytest.raises((ConfigError, ValueError, TypeError)) as error:
+        call()
+    assert line in str(error.value) and "\n" not in str(error.value)
