@@ -70,37 +70,44 @@ class PointMass(JaxEnv):
 
 
 def test_a_vector_goes_through_the_autoencoder(x64):
+    dtype = jnp.float64
     frames = jnp.asarray([[0.0, -3.0, 1e6], [1.0, 2.0, -0.5]], jnp.float32)
-    params, stats = vae.init(jax.random.key(0), VECTOR, jnp.float64)
+    rng = np.random.default_rng(1)
+    params, stats = jax.eval_shape(lambda key: vae.init(key, VECTOR, dtype), jax.random.key(0))
     assert stats == {"encoder": {}, "decoder": {}}
-    inputs = vae.to_inputs(VECTOR, frames, jnp.float64)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    directions = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=(5, *leaf.shape))), params)
+
+    def error(params):
+        inputs = vae.to_inputs(VECTOR, frames, dtype)
+        embedding, moved = vae.encode(VECTOR, params, stats, inputs, train=True, dtype=dtype)
+        probs = jnp.exp(vae.posterior(VECTOR, params, embedding, dtype=dtype))
+        outputs, moved = vae.decode(VECTOR, params, moved, probs.reshape(2, -1), train=True, dtype=dtype)
+        assert embedding.shape == (2, 16) and outputs.shape == (2, 3) and moved == stats
+        return jnp.square(outputs - inputs).sum(), (inputs, vae.to_frames(VECTOR, inputs), probs)
+
+    @quick_jit
+    def everything(params, directions):
+        (_, seen), gradient = jax.value_and_grad(error, has_aux=True)(params)
+
+        def along(direction):
+            ahead, behind = (jax.tree.map(lambda p, d, s=s: p + s * d, params, direction) for s in (1e-6, -1e-6))
+            return (error(ahead)[0] - error(behind)[0]) / 2e-6
+
+        slopes = jax.tree.map(lambda g, d: jnp.sum(g * d, axis=tuple(range(1, d.ndim))), gradient, directions)
+        return seen, gradient, sum(jax.tree.leaves(slopes)), jax.lax.map(along, directions)
+
+    (inputs, back, probs), gradient, slopes, differences = everything(params, directions)
+    assert size == sum(leaf.size for leaf in jax.tree.leaves(gradient))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(slopes, differences, rtol=1e-6)
     np.testing.assert_allclose(inputs, np.sign(frames) * np.log1p(np.abs(frames)), rtol=1e-6)
-    np.testing.assert_allclose(vae.to_frames(VECTOR, inputs), frames, rtol=1e-5)
-    embedding, moved = vae.encode(VECTOR, params, stats, inputs, train=True, dtype=jnp.float64)
-    assert embedding.shape == (2, 16) and moved == stats
-    log_probs = vae.posterior(VECTOR, params, embedding, dtype=jnp.float64)
-    assert log_probs.shape == (2, 4, 4)
-    np.testing.assert_allclose(jnp.exp(log_probs).sum(axis=-1), 1, rtol=1e-12)
-    latent = jnp.ones((2, 16))
-    outputs, moved = vae.decode(VECTOR, params, stats, latent, train=True, dtype=jnp.float64)
-    assert outputs.shape == (2, 3) and outputs.dtype == jnp.float64 and moved == stats
-
-    def error(parameters):
-        embedding, _ = vae.encode(VECTOR, parameters, stats, inputs, train=True, dtype=jnp.float64)
-        probs = jnp.exp(vae.posterior(VECTOR, parameters, embedding, dtype=jnp.float64)).reshape(2, -1)
-        outputs, _ = vae.decode(VECTOR, parameters, stats, probs, train=True, dtype=jnp.float64)
-        return jnp.square(outputs - inputs).sum()
-
-    flat, rebuild = jax.flatten_util.ravel_pytree(params)
-    gradient = jax.grad(lambda x: error(rebuild(x)))(flat)
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(rebuild(gradient)))
-    directions = jnp.asarray(np.random.default_rng(1).normal(size=(5, flat.size)))
-    for direction in directions:
-        difference = (error(rebuild(flat + 1e-6 * direction)) - error(rebuild(flat - 1e-6 * direction))) / 2e-6
-        np.testing.assert_allclose(gradient @ direction, difference, rtol=1e-6)
+    np.testing.assert_allclose(back, frames, rtol=1e-5)
+    np.testing.assert_allclose(probs.sum(axis=-1), 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "transformer", "gru"])
+@pytest.mark.parametrize("name", ["mamba2", "transformer"])
 def test_a_continuous_action_takes_part_by_the_rows_that_a_discrete_one_picks(x64, name):
     """One-hot vectors are the indices; any other vector is the sum of rows, in sequences and in steps."""
     config = BackboneConfig(name=name, width=16, head_dim=8, chunk_size=4, num_layers=1, max_length=8)
@@ -109,9 +116,11 @@ def test_a_continuous_action_takes_part_by_the_rows_that_a_discrete_one_picks(x6
     latent, index = jnp.asarray(rng.normal(size=(2, 5, 6))), jnp.asarray(rng.integers(0, 3, (2, 5)), jnp.int32)
     vector = jnp.asarray(rng.uniform(-1, 1, (2, 5, 3)), jnp.float32)
 
+    shapes = jax.eval_shape(discrete.init, jax.random.key(3), latent, index)
+    variables = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape)), shapes)
+
     @quick_jit
-    def features(key):
-        variables = discrete.init(key, latent, index)
+    def features(variables):
         one, _ = discrete.apply(variables, latent, index)
         same, _ = continuous.apply(variables, latent, jax.nn.one_hot(index, 3, dtype=jnp.float32))
         other, _ = continuous.apply(variables, latent, vector)
@@ -121,7 +130,7 @@ def test_a_continuous_action_takes_part_by_the_rows_that_a_discrete_one_picks(x6
         last, _ = continuous.apply(variables, latent[:, 4], vector[:, 4], window, method="step")
         return one, same, other, jnp.concatenate([parts, last[:, None]], axis=1)
 
-    one, same, other, by_step = features(jax.random.key(3))
+    one, same, other, by_step = features(variables)
     np.testing.assert_allclose(same, one, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(by_step, other, rtol=1e-9, atol=1e-12)
     assert np.abs(other - one).max() > 1e-3
@@ -204,11 +213,15 @@ def test_a_whole_run_of_two_seeds_is_finite_and_moves_everything(trained):
     played = np.asarray(after.replay.actions)[:, :19]
     assert (np.abs(played) < 1).all() and len(np.unique(played)) == played.size
     assert not np.array_equal(played[0], played[1])  # two seeds
-    assert (np.asarray(metrics["guard/skipped"])[:, -1] == 0).all() if "guard/skipped" in metrics else True
+    assert (np.asarray(after.guard.skipped) == 0).all()
 
 
 def test_what_is_imagined_reconstructed_and_dreamt_has_the_right_shapes(trained):
     state = jax.tree.map(lambda leaf: leaf[0], trained[1])
+    fidelity = dataclasses.replace(CONFIG.fidelity, first_action_from_policy=False)  # random then
+    imagination = dataclasses.replace(CONFIG.imagination, unroll=4)  # the horizon: another path
+    config = dataclasses.replace(CONFIG, fidelity=fidelity, imagination=imagination)
+    state = dataclasses.replace(state, config=config)
 
     def everything(state):
         batch = replay.gather(state.replay, jnp.arange(2), 6)
@@ -227,13 +240,21 @@ def test_what_is_imagined_reconstructed_and_dreamt_has_the_right_shapes(trained)
     assert [(array.shape, array.dtype) for array in jax.eval_shape(everything, state)] == [
         (shape, jnp.float32) for shape in wanted
     ]
-    reference = dataclasses.replace(
-        CONFIG,
-        fidelity=dataclasses.replace(CONFIG.fidelity, first_action_from_policy=False),
-        imagination=dataclasses.replace(CONFIG.imagination, unroll=4),
-    )
-    given = dataclasses.replace(state, config=reference)
-    assert [array.shape for array in jax.eval_shape(everything, given)] == wanted
+
+
+@pytest.mark.parametrize("name", ["mamba", "gru", "rwkv"])
+def test_the_other_backbones_take_continuous_actions(name):
+    config = BackboneConfig(name=name, width=16, head_dim=8, chunk_size=4, num_layers=1)
+    module = backbones.make(config, ACTIONS, jnp.float32)
+    latent, action = jnp.zeros((2, 5, 6)), jnp.zeros((2, 5, 2))
+
+    def everything(key):
+        variables = module.init(key, latent, action)
+        features, state = module.apply(variables, latent, action)
+        return features, module.apply(variables, latent[:, 0], action[:, 0], state, method="step")[0]
+
+    shapes = jax.eval_shape(everything, jax.random.key(0))
+    assert [array.shape for array in shapes] == [(2, 5, 16), (2, 16)]
 
 
 def test_random_actions_fill_the_cube():
@@ -266,6 +287,7 @@ def look(actions, **options):
     )
 
 
+FOUR = dataclasses.replace(CONFIG.world_model, autoencoder=dataclasses.replace(VECTOR, vector_size=4))
 BAD = [
     (lambda: Continuous(0), "Continuous.size must be at least 1, an integer, got 0"),
     (lambda: Continuous(2.0), "Continuous.size must be at least 1, an integer, got 2.0"),
@@ -301,8 +323,8 @@ BAD = [
     (lambda: vae.to_inputs(VECTOR, jnp.zeros((2, 4)), jnp.float32), "frames must be float32 [N, 3]"),
     (lambda: vae.to_frames(VECTOR, jnp.zeros((2, 4))), "outputs must be float [N, 3]"),
     (
-        lambda: in_graph.run(dataclasses.replace(CONFIG, world_model=WorldModelConfig()), PointMass(), 0, steps=1),
-        "",
+        lambda: in_graph.check_frames(dataclasses.replace(CONFIG, world_model=FOUR), PointMass()),
+        "the agent sees frames of shape (4,), but the environment shows (3,)",
     ),
 ]
 

@@ -11,8 +11,8 @@ A backbone is a flax.linen module with four methods:
   place of the state in `step` (`unrolled`: in a loop unrolled whole; `classes`: with latents one-hot in groups of C);
 * `initial_state(batch_size) -> state`, zeros; needs no parameters.
 
-Where actions are `Continuous(A)`, `action` is float `[B, T, A]`, or `[B, A]` in `step`: its product with the stem's rows
-takes the place of one row.
+Where actions are `Continuous(A)`, `action` is float `[B, T, A]`, or `[B, A]` in `step`: its product with the
+rows of the stem's kernel takes the place of one row.
 
 All forms agree: a sequence may be cut anywhere and continued in either from the returned state. In the parallel form
 the state is dropped where the segment id changes, and the given state belongs to segment 0, so that
