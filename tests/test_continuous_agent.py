@@ -137,21 +137,23 @@ def test_a_continuous_action_takes_part_by_the_rows_that_a_discrete_one_picks(x6
 
 
 def test_the_reconstruction_loss_is_a_squared_error_of_symlog_values():
-    frames = jnp.asarray(np.random.default_rng(4).normal(scale=50, size=(2, 8, 3)), jnp.float32)
-    flags, zeros = jnp.zeros((2, 8), bool), jnp.zeros((2, 8))
-    batch = replay.Batch(frames=frames, actions=jnp.zeros((2, 8, 2)), rewards=zeros, terminals=flags, firsts=flags)
-    outputs = jnp.asarray(np.random.default_rng(5).normal(size=(2, 8, 3)), jnp.float32)
+    frames = np.random.default_rng(4).normal(scale=50, size=(2, 8, 3)).astype(np.float32)
+    flags, zeros = np.zeros((2, 8), bool), np.zeros((2, 8), np.float32)
+    batch = replay.Batch(
+        frames=frames, actions=np.zeros((2, 8, 2), np.float32), rewards=zeros, terminals=flags, firsts=flags
+    )
+    outputs = np.random.default_rng(5).normal(size=(2, 8, 3)).astype(np.float32)
     out = world_model.Forward(
-        embedding=jnp.zeros((2, 8, 16)),
-        posterior=jnp.zeros((2, 8, 4, 4)),
-        latent=jnp.zeros((2, 8, 16)),
+        embedding=np.zeros((2, 8, 16), np.float32),
+        posterior=np.zeros((2, 8, 4, 4), np.float32),
+        latent=np.zeros((2, 8, 16), np.float32),
         reconstruction=outputs,
-        features=jnp.zeros((2, 8, 16)),
-        prior=jnp.zeros((2, 8, 4, 4)),
-        reward_logits=jnp.zeros((2, 8, 255)),
+        features=np.zeros((2, 8, 16), np.float32),
+        prior=np.zeros((2, 8, 4, 4), np.float32),
+        reward_logits=np.zeros((2, 8, 255), np.float32),
         termination_logits=zeros,
     )
-    _, terms = world_model.losses(CONFIG.world_model, out, batch, None)
+    _, terms = quick_jit(lambda out, batch: world_model.losses(CONFIG.world_model, out, batch, None))(out, batch)
     expected = np.square(outputs - np.sign(frames) * np.log1p(np.abs(frames))).sum(axis=-1).mean()
     np.testing.assert_allclose(terms["reconstruction_loss"], expected, rtol=1e-5)
 
@@ -182,42 +184,72 @@ def test_replay_and_contexts_are_as_configured():
         assert acting.actions.shape == (5, 4, 2) and acting.actions.dtype == jnp.float32
 
 
+def plausible(shapes, seeds):
+    """A stacked state with a full replay of random steps, without the compilation that `agent.init` takes."""
+    rng = np.random.default_rng(8)
+
+    def fill(path, leaf):
+        name, shape = jax.tree_util.keystr(path), (seeds, *leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(6), seeds)
+        if "params" in name or "frames" in name or "actions" in name or "slow_critic" in name:
+            return rng.uniform(-0.3, 0.3, shape).astype(leaf.dtype)
+        ones = ("variance", "count", "learning_rate", "tau") if leaf.dtype == jnp.float32 else ()
+        return np.full(shape, 1e-3 if "learning_rate" in name else any(one in name for one in ones), leaf.dtype)
+
+    state = jax.tree_util.tree_map_with_path(fill, shapes)
+    return dataclasses.replace(state, replay=dataclasses.replace(state.replay, size=np.full(seeds, 32, np.int32)))
+
+
 @pytest.fixture(scope="module")
 def trained():
-    """Two seeds of a whole run, vmapped: warm-up, acting and three updates; (before, after, history, metrics)."""
-    env = PointMass()
+    """Two seeds, vmapped, that act and are updated twice; (before, after, actions, metrics)."""
 
-    def run(key):
-        loop, _ = in_graph.play_randomly(env, CONFIG.warmup_steps, in_graph.begin(CONFIG, env, key))
-        after, history, metrics = in_graph.train(env, 3, loop)
-        return loop.agent, after.agent, history, metrics
+    def step(carry, key):
+        state, acting = carry
+        frame, first = 100 * jax.random.normal(key, (1, 3)), jnp.zeros(1, bool)
+        action, acting = agent.act(state, acting, frame, key, first)
+        state, metrics = agent.update(state, transition(frame[0], action[0]))
+        return (state, acting), (action[0], metrics)
 
-    return quick_jit(jax.vmap(run))(jax.random.split(jax.random.key(6), 2))
+    def run(state):
+        start = (state, agent.initial_acting(state, 1))
+        (after, _), (actions, metrics) = jax.lax.scan(step, start, jax.random.split(state.key, 2))
+        return after, actions, metrics
+
+    before = plausible(shapes(), 2)
+    return before, *quick_jit(jax.vmap(run))(before)
 
 
-def test_a_whole_run_of_two_seeds_is_finite_and_moves_everything(trained):
-    before, after, history, metrics = trained
-    chex.assert_tree_all_finite((metrics, history, after.world_model, after.behaviour, after.replay))
+def test_updates_of_two_seeds_are_finite_and_move_everything(trained):
+    before, after, actions, metrics = trained
+    chex.assert_tree_all_finite((metrics, after.world_model, after.behaviour, after.replay))
     assert {"world_model/reconstruction_loss", "actor_critic/entropy"} <= set(metrics)
     for name, old, new in (
-        ("world model", before.world_model.params, after.world_model.params),
-        ("actor", before.behaviour.params, after.behaviour.params),
-        ("normaliser", before.behaviour.normaliser, after.behaviour.normaliser),
+        ("autoencoder", before.world_model.params["encoder"], after.world_model.params["encoder"]),
+        ("stem", before.world_model.params["backbone"]["stem"], after.world_model.params["backbone"]["stem"]),
+        ("actor", before.behaviour.params["actor"], after.behaviour.params["actor"]),
+        ("critic", before.behaviour.params["critic"], after.behaviour.params["critic"]),
     ):
-        moved = [
-            not np.array_equal(a[seed], b[seed])
-            for a, b in zip(*map(jax.tree.leaves, (old, new)), strict=True)
-            for seed in range(2)
-        ]
-        assert any(moved), name
-    played = np.asarray(after.replay.actions)[:, :19]
-    assert (np.abs(played) < 1).all() and len(np.unique(played)) == played.size
-    assert not np.array_equal(played[0], played[1])  # two seeds
+        for seed in range(2):
+            leaves = zip(*map(jax.tree.leaves, (old, new)), strict=True)
+            assert all(not np.array_equal(a[seed], b[seed]) for a, b in leaves), name
     assert (np.asarray(after.guard.skipped) == 0).all()
+    assert actions.shape == (2, 2, 2) and (np.abs(actions) < 1).all() and len(np.unique(actions)) == 8
+    # The first two slots hold them now.
+    np.testing.assert_array_equal(after.replay.actions[:, :2], actions)
+
+
+def test_a_run_in_an_environment_of_vectors_and_forces_is_traced():
+    state, history, metrics = jax.eval_shape(
+        lambda key: in_graph.run(CONFIG, PointMass(), key, steps=18), jax.random.key(0)
+    )
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shapes())
+    assert history.rewards.shape == (18,) and metrics["actor_critic/policy_loss"].shape == (2,)
 
 
 def test_what_is_imagined_reconstructed_and_dreamt_has_the_right_shapes(trained):
-    state = jax.tree.map(lambda leaf: leaf[0], trained[1])
+    state = jax.tree.map(lambda leaf: leaf[0], trained[0])
     fidelity = dataclasses.replace(CONFIG.fidelity, first_action_from_policy=False)  # random then
     imagination = dataclasses.replace(CONFIG.imagination, unroll=4)  # the horizon: another path
     config = dataclasses.replace(CONFIG, fidelity=fidelity, imagination=imagination)

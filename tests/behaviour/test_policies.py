@@ -93,15 +93,20 @@ def test_outputs_of_zero_are_a_wide_policy_and_none_is_too_large():
 
 def test_samples_follow_the_density():
     outputs = jnp.broadcast_to(jnp.asarray([0.5, -2.0, 1.0, -3.0]), (50_000, 4))
-    actions = policies.sample(jax.random.key(1), outputs, continuous=True)
+
+    @quick_jit
+    def draw(key):
+        actions = policies.sample(key, outputs, continuous=True)
+        estimate = -policies.log_probs(outputs, actions, continuous=True).mean()
+        return actions, estimate, policies.entropy(outputs[0], continuous=True), policies.gaussian(outputs[0])
+
+    actions, estimate, entropy, (mean, deviation) = draw(jax.random.key(1))
     assert actions.shape == (50_000, 2) and actions.dtype == jnp.float32
     assert np.abs(actions).max() < 1
-    mean, deviation = policies.gaussian(outputs[0])
     u = np.arctanh(np.asarray(actions, np.float64))
     np.testing.assert_allclose(u.mean(axis=0), mean, atol=5 * 1.0 / np.sqrt(50_000))
     np.testing.assert_allclose(u.std(axis=0), deviation, rtol=0.02)
-    estimate = -policies.log_probs(outputs, actions, continuous=True).mean()
-    np.testing.assert_allclose(estimate, policies.entropy(outputs[0], continuous=True), atol=0.03)
+    np.testing.assert_allclose(estimate, entropy, atol=0.03)
     np.testing.assert_allclose(policies.greedy(outputs[0], continuous=True), np.tanh(mean), rtol=1e-6)
 
 
