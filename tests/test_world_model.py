@@ -12,6 +12,7 @@ import pytest
 
 from drama_jax import distributions, interop, optim, world_model
 from drama_jax.config import AutoencoderConfig, BackboneConfig, OptimizerConfig, WorldModelConfig
+from drama_jax.nn import depth_to_space
 from drama_jax.replay import Batch
 from tests.tools import assert_trees_close, flat, named, quick_jit
 
@@ -139,7 +140,7 @@ def check_forward(data, out):
     for name, ours in pairs.items():
         np.testing.assert_allclose(ours, data[f"fwd/{name}"], rtol=1e-8, atol=1e-11, err_msg=name)
     np.testing.assert_array_equal(out.latent, data["fwd/sample"])
-    frames = world_model.depth_to_space(out.reconstruction[:, :2].reshape(-1, *out.reconstruction.shape[2:]))
+    frames = depth_to_space(out.reconstruction[:, :2].reshape(-1, *out.reconstruction.shape[2:]))
     frames = jnp.moveaxis(frames, -1, 1).reshape(data["fwd/obs_hat"].shape)
     np.testing.assert_allclose(frames, data["fwd/obs_hat"], rtol=0, atol=6e-8)  # stored in float32
 
