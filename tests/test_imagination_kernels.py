@@ -44,13 +44,17 @@ def kernels(monkeypatch):
 @pytest.fixture(scope="module")
 def inputs():
     config = preset("tiny").agent.with_compute_dtype("float32")
-    state = quick_jit(agent.init, static_argnums=(1, 2))(jax.random.key(0), config, 6)
 
     def jitter(params, scale):
         return jax.tree.map(lambda a: a + scale * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
 
-    model = state.world_model.replace(params=jitter(state.world_model.params, 0.05))
-    behaviour = state.behaviour.replace(params=jitter(state.behaviour.params, 0.1))
+    @quick_jit  # one compilation instead of one for every shape
+    def make(key):
+        state = agent.init(key, config, 6)
+        model = state.world_model.replace(params=jitter(state.world_model.params, 0.05))
+        behaviour = state.behaviour.replace(params=jitter(state.behaviour.params, 0.1))
+        return state.replace(world_model=model, behaviour=behaviour)
+
     shape = (6, config.imagination.context_length)
     rng = np.random.default_rng(0)
     batch = Batch(
@@ -60,7 +64,7 @@ def inputs():
         terminals=jnp.zeros(shape, bool),
         firsts=jnp.asarray(rng.random(shape) < 0.3),
     )
-    return state.replace(world_model=model, behaviour=behaviour), batch
+    return make(jax.random.key(0)), batch
 
 
 def test_imagination_is_the_same(inputs, request):
