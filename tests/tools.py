@@ -5,7 +5,7 @@ import functools
 import flax.traverse_util
 import jax
 import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """`jax.jit` that compiles in half the time and runs slower: for what a test runs a few times only."""
@@ -14,7 +14,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 def lower_for_cuda(function, *arguments):
     """The program that an H100 would be given, as text; no GPU needed. A test must let the deprecation warning pass."""
     device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
