@@ -35,10 +35,7 @@ def sample_prior(config: WorldModelConfig, params: Any, key: jax.Array, features
     checks.parts(function, "params", params, "prior_head")
     checks.key(function, key)
     checks.arrays(function, features=(features, (..., config.backbone.width), "float"))
-    raw = _product(features.astype(world_model.compute_dtype(config)), params["prior_head"])
-    if gpu_sample.serves(key, raw, config.autoencoder.classes):
-        return _by_kernel(config, key, raw, params["prior_head"])
-    return sample(config, key, world_model.prior(config, params, features))
+    return _sample_head(config, key, features, params["prior_head"])
 
 
 def sample_posterior(
@@ -57,17 +54,13 @@ def sample_posterior(
     """
     checks.key("latents.sample_posterior", key)
     embedding = world_model.embed(config, state, frames)
-    raw = _product(embedding, state.params["posterior_head"])
-    if gpu_sample.serves(key, raw, config.autoencoder.classes):
-        return _by_kernel(config, key, raw, state.params["posterior_head"])
-    log_probs = vae.posterior(config.autoencoder, state.params, embedding, dtype=world_model.compute_dtype(config))
-    return sample(config, key, log_probs)
+    return _sample_head(config, key, embedding, state.params["posterior_head"])
 
 
-def _product(x: jax.Array, head: Any) -> jax.Array:
-    return jnp.matmul(x, head["kernel"].astype(x.dtype))
-
-
-def _by_kernel(config: WorldModelConfig, key: jax.Array, raw: jax.Array, head: Any) -> jax.Array:
-    c = config.autoencoder
-    return gpu_sample.sample_latent(key, raw, head["bias"].astype(raw.dtype), classes=c.classes, unimix=c.unimix)
+def _sample_head(config: WorldModelConfig, key: jax.Array, features: jax.Array, head: Any) -> jax.Array:
+    """Samples of a latent head (`vae.latent_head`) on features [..., D or E]."""
+    c, dtype = config.autoencoder, world_model.compute_dtype(config)
+    raw, bias = jnp.matmul(features.astype(dtype), head["kernel"].astype(dtype)), head["bias"].astype(dtype)
+    if gpu_sample.serves(key, raw, c.classes):
+        return gpu_sample.sample_latent(key, raw, bias, classes=c.classes, unimix=c.unimix)
+    return sample(config, key, vae.mixed_logits(c, raw + bias))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drama_jax import agent, latents
+from drama_jax import agent, latents, world_model
 from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, make
 from drama_jax.behaviour import gpu_actor
 from drama_jax.config import preset
@@ -110,3 +110,19 @@ def test_latents_are_one_hot_and_of_the_compute_dtype(inputs):
     assert sample.shape == (*batch.actions.shape, c.latent_size) and sample.dtype == jnp.float32
     groups = sample.reshape(*batch.actions.shape, c.categoricals, c.classes)
     np.testing.assert_array_equal(groups.sum(axis=-1), 1)
+
+
+def test_samples_are_those_of_the_heads_distributions(inputs):
+    state, batch = inputs
+    wm, params, key = state.config.world_model, state.world_model.params, jax.random.key(2)
+
+    @quick_jit
+    def both(state, frames):
+        hidden = jax.random.normal(key, (5, wm.backbone.width))
+        prior = latents.sample_prior(wm, params, key, hidden), world_model.prior(wm, params, hidden)
+        model = state.world_model
+        posterior = latents.sample_posterior(wm, model, key, frames), world_model.posterior(wm, model, frames)
+        return [(drawn, latents.sample(wm, key, log_probs)) for drawn, log_probs in (prior, posterior)]
+
+    for drawn, expected in both(state, batch.frames):
+        np.testing.assert_array_equal(drawn, expected)

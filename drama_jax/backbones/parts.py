@@ -72,19 +72,19 @@ def lookup(table: jax.Array, row: jax.Array) -> jax.Array:
     return jnp.take(table, row, axis=0)
 
 
-def _rows_forward(table: jax.Array, row: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _lookup_forward(table: jax.Array, row: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # The table rides along for its shape and dtype alone.
     return lookup(table, row), (table, row)
 
 
-def _rows_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+def _lookup_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
     table, row = saved
     one_hot = jax.nn.one_hot(row.reshape(-1), table.shape[0], dtype=gradient.dtype)
     flat = gradient.reshape(-1, table.shape[1])
     return jnp.matmul(one_hot.T, flat, precision=jax.lax.Precision.HIGHEST), None
 
 
-lookup.defvjp(_rows_forward, _rows_backward)
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def check_inputs(
@@ -94,6 +94,7 @@ def check_inputs(
     axes: tuple[str, ...],
     num_actions: ActionSpace,
 ) -> None:
+    """Raises a TypeError or ValueError if latents [.., S], actions and ids do not fit; `axes` are the leading ones."""
     checks.arrays(
         "backbone",
         latent=(latent, (*axes, "S"), "float"),

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tools import quick_jit
 
 from drama_jax.envs import jax_env
 from drama_jax.envs.grid_world import GridParams, GridWorld, walk
+from tests.tools import quick_jit
 
 ENV = GridWorld()
 UP, DOWN, LEFT, RIGHT = range(4)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnax.environments.bsuite.catch import Catch
-from tools import quick_jit
 
 from drama_jax import agent
 from drama_jax.config import ConfigError
@@ -20,6 +19,7 @@ from drama_jax.envs import jax_env as environments
 from drama_jax.replay import Transition
 from drama_jax.training import checkpoint, in_graph, resume
 from experiments import jax_curves, jax_env, jax_presets
+from tests.tools import quick_jit
 
 STEPS, WARMUP, SEEDS = 24, 14, (3, 4)
 

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from drama_jax.nn import gpu_convolution, gpu_first_layer
 from drama_jax.nn.batch_norm import conv_normalise_silu, normalise_silu
 from drama_jax.nn.convolution import conv3x3
 from drama_jax.vae import ConvBlock
-from tests.tools import quick_jit
+from tests.tools import lower_for_cuda, quick_jit
 
 EPSILON = 1e-5
 SHAPES = [
@@ -121,13 +120,6 @@ def test_other_shapes_are_refused(shape):
         gpu_first_layer.sums(jnp.zeros((*cells, channels)), y, y, vector, vector)
 
 
-def lowered(function, *arguments):
-    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 @pytest.mark.parametrize(
     ("features", "kind", "dtype", "available", "seeds", "expected"),
@@ -156,4 +148,4 @@ def test_which_layer_uses_it(monkeypatch, features, kind, dtype, available, seed
     if seeds is not None:
         arguments = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), arguments)
         gradient = jax.vmap(gradient)
-    assert ("first_layer_gradient" in lowered(gradient, *arguments)) == expected
+    assert ("first_layer_gradient" in lower_for_cuda(gradient, *arguments)) == expected

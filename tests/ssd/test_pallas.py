@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from drama_jax import backbones
 from drama_jax import ssd as ssd_module
@@ -20,7 +19,7 @@ from drama_jax.ssd import default_implementation, fused, ssd
 from drama_jax.ssd.fused import default_tiles, ssd_pallas
 from drama_jax.ssd.tiles import Tiles
 from tests.ssd import contract
-from tests.tools import quick_jit
+from tests.tools import lower_for_cuda, quick_jit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 # The second: the last strip lies behind the end.
@@ -50,13 +49,6 @@ def specs(shape, dtype, groups=1):
         "D": spec((heads,), jnp.float32),
         "initial_state": spec((batch, heads, head_dim, state_dim), jnp.float32),
     }
-
-
-def lower_for_cuda(function, *arguments):
-    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def gradient(inputs, ids):
