@@ -282,7 +282,9 @@ class WorldModelConfig:
     batch_length: int = 128
     """T, the steps of one training sequence."""
     free_bits: float = 1.0
-    """Nats below which the (summed, then averaged) KL is not penalised."""
+    """Nats below which the KL, summed over the categoricals, is not penalised."""
+    free_bits_each: bool = False
+    """Compare each step's KL with `free_bits`; otherwise their mean, so that below it no step has a gradient."""
     dynamics_scale: float = 1.0
     representation_scale: float = 0.1
     compute_dtype: ComputeDtype = "auto"

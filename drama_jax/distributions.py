@@ -158,24 +158,34 @@ def categorical_kl(p_log: jax.Array, q_log: jax.Array) -> jax.Array:
 
 
 def free_bits_kl(
-    p_log: jax.Array, q_log: jax.Array, free_bits: float, weight: jax.Array | None = None
+    p_log: jax.Array, q_log: jax.Array, free_bits: float, weight: jax.Array | None = None, *, each: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean KL(p || q), not penalised below `free_bits` nats (the threshold applies after the mean).
+    """The mean KL(p || q), not penalised below `free_bits` nats.
+
+    The threshold applies to the mean: where that is below it, no divergence has a gradient, however large. With `each`
+    it applies to every divergence before the mean, so that the large ones keep theirs.
 
     Args:
       p_log: logits of p [..., K, C].
       q_log: logits of q [..., K, C].
       free_bits: threshold in nats, for the sum over the K categoricals.
       weight: how much each divergence counts [...], 0 or 1; None if all count. If none does, the mean is 0.
+      each: mean max(free_bits, KL) in place of max(free_bits, mean KL).
 
     Returns:
-      (max(free_bits, mean KL) [], mean KL []).
+      (the loss [], mean KL []).
     """
     kl = categorical_kl(p_log, q_log)
     checks.arrays("free_bits_kl", weight=(weight, kl.shape, "float or None"))
     checks.numbers("free_bits_kl", 0, free_bits=free_bits)
-    mean = kl.mean() if weight is None else (weight * kl).sum() / jnp.maximum(weight.sum(), 1)
-    return jnp.maximum(jnp.asarray(free_bits, mean.dtype), mean), mean
+
+    def mean(value: jax.Array) -> jax.Array:
+        return value.mean() if weight is None else (weight * value).sum() / jnp.maximum(weight.sum(), 1)
+
+    threshold = jnp.asarray(free_bits, kl.dtype)
+    if each:
+        return mean(jnp.maximum(threshold, kl)), mean(kl)
+    return jnp.maximum(threshold, mean(kl)), mean(kl)
 
 
 def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -346,8 +346,8 @@ def losses(
     termination = distributions.binary_cross_entropy(out.termination_logits, batch.terminals.astype(dtype)).mean()
     weight = None if segment_ids is None else (segment_ids[:, 1:] == segment_ids[:, :-1]).astype(dtype)
     # Only stop_gradient tells the two KL terms apart, so one forward value serves both.
-    dynamics, kl = kl_loss(jax.lax.stop_gradient(out.posterior), out.prior, config.free_bits, weight)
-    representation, _ = kl_loss(out.posterior, jax.lax.stop_gradient(out.prior), config.free_bits, weight)
+    dynamics, kl = kl_loss(config, jax.lax.stop_gradient(out.posterior), out.prior, weight)
+    representation, _ = kl_loss(config, out.posterior, jax.lax.stop_gradient(out.prior), weight)
     total = (
         reconstruction
         + reward
@@ -368,18 +368,20 @@ def losses(
 
 
 def kl_loss(
-    log_posterior: jax.Array, log_prior: jax.Array, free_bits: float, weight: jax.Array | None
+    config: WorldModelConfig, log_posterior: jax.Array, log_prior: jax.Array, weight: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """KL(posterior_(t+1) || prior_t) summed over categoricals, averaged over valid pairs, with free bits on the mean.
+    """KL(posterior_(t+1) || prior_t) summed over categoricals, averaged over valid pairs, with free bits.
 
     Args:
       log_posterior, log_prior: [B, T, K, C] log-probabilities.
       weight: [B, T - 1], 0 where a pair does not count; None if all do.
 
     Returns:
-      max(free_bits, mean KL) and the mean KL itself.
+      The loss (`distributions.free_bits_kl`) and the mean KL itself.
     """
-    return distributions.free_bits_kl(log_posterior[:, 1:], log_prior[:, :-1], free_bits, weight)
+    return distributions.free_bits_kl(
+        log_posterior[:, 1:], log_prior[:, :-1], config.free_bits, weight, each=config.free_bits_each
+    )
 
 
 def loss(

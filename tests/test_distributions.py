@@ -95,6 +95,19 @@ def test_free_bits_golden(x64, vectors, case):
     np.testing.assert_allclose(gradients[1], vectors[f"{case}/grad_q"], rtol=1e-9, atol=1e-15)
 
 
+def test_free_bits_of_each_step_keep_the_gradient_of_the_large_ones(x64):
+    p = jnp.log(jnp.asarray([[[0.5, 0.5]], [[0.999, 0.001]], [[0.9, 0.1]]]))
+    q = jnp.log(jnp.asarray([[[0.5, 0.5]], [[0.1, 0.9]], [[0.8, 0.2]]]))
+    kl = distributions.categorical_kl(p, q)
+    assert kl.mean() < 1 < kl[1]
+    of_mean = jax.grad(lambda q: distributions.free_bits_kl(p, q, 1.0)[0])(q)
+    np.testing.assert_array_equal(of_mean, 0)
+    of_each = jax.grad(lambda q: distributions.free_bits_kl(p, q, 1.0, each=True)[0])(q)
+    np.testing.assert_allclose(of_each, jax.grad(lambda q: distributions.categorical_kl(p[1:2], q[1:2]).sum() / 3)(q))
+    assert of_each[1].any()
+    np.testing.assert_allclose(distributions.free_bits_kl(p, q, 1.0, each=True), [(2 + kl[1]) / 3, kl.mean()])
+
+
 def test_categorical_kl_literal(x64):
     p = jnp.log(jnp.asarray([[0.5, 0.5], [1.0, 1.0]]))
     q = jnp.log(jnp.asarray([[0.25, 0.75], [3.0, 3.0]]))

@@ -269,7 +269,14 @@ def test_kl_pairs_across_an_episode_start_do_not_count():
     rng = np.random.default_rng(0)
     posterior, prior = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=(1, 4, 2, 3)))) for _ in range(2))
     kl = np.sum(np.exp(posterior[:, 1:]) * (posterior[:, 1:] - prior[:, :-1]), axis=(-2, -1))[0]
-    _, mean = world_model.kl_loss(posterior, prior, 0.0, jnp.asarray([[1.0, 0.0, 1.0]]))
+
+    def kl_loss(weight=None, **fields):
+        return world_model.kl_loss(WorldModelConfig(**fields), posterior, prior, weight)
+
+    weight = jnp.asarray([[1.0, 0.0, 1.0]])
+    _, mean = kl_loss(weight, free_bits=0.0)
     np.testing.assert_allclose(mean, (kl[0] + kl[2]) / 2, rtol=1e-6)
-    loss, mean = world_model.kl_loss(posterior, prior, 1e3, None)
-    np.testing.assert_allclose([loss, mean], [1e3, kl.mean()], rtol=1e-6)
+    np.testing.assert_allclose(kl_loss(free_bits=1e3), [1e3, kl.mean()], rtol=1e-6)
+    threshold = float((kl[0] + kl[2]) / 2)
+    each = kl_loss(weight, free_bits=threshold, free_bits_each=True)
+    np.testing.assert_allclose(each, [np.maximum(kl[np.asarray([0, 2])], threshold).mean(), threshold], rtol=1e-6)
