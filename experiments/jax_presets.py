@@ -101,6 +101,24 @@ def _tiny() -> InGraphConfig:
     return InGraphConfig("Catch-bsuite", agent)
 
 
+def _vector() -> InGraphConfig:
+    tiny = _tiny()
+    model = dataclasses.replace(
+        tiny.agent.world_model,
+        autoencoder=dataclasses.replace(
+            tiny.agent.world_model.autoencoder, categoricals=16, classes=8, vector_layers=2, vector_units=64
+        ),
+        batch_size=4,
+        batch_length=32,
+        free_bits=0.1,
+    )
+    imagination = ImaginationConfig(batch_size=48, context_length=4, horizon=15, unroll=1)
+    agent = dataclasses.replace(
+        tiny.agent, world_model=model, imagination=imagination, acting_context=16, warmup_steps=500
+    )
+    return dataclasses.replace(tiny, env="Pendulum-v1", agent=agent, steps=10_000)
+
+
 def _small() -> InGraphConfig:
     agent = AgentConfig(
         world_model=WorldModelConfig(
@@ -128,7 +146,7 @@ def _xs() -> InGraphConfig:
     return InGraphConfig("Breakout-MinAtar", AgentConfig(), LoggingConfig(metrics_every=500), steps=100_000)
 
 
-PRESETS: Mapping[str, Callable[[], InGraphConfig]] = {"tiny": _tiny, "small": _small, "xs": _xs}
+PRESETS: Mapping[str, Callable[[], InGraphConfig]] = {"tiny": _tiny, "vector": _vector, "small": _small, "xs": _xs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +155,10 @@ class Options:
 
     env: str
     """Environment of gymnax, for example Catch-bsuite or Breakout-MinAtar, or MODULE:CLASS with gymnax's interface."""
-    preset: Literal["tiny", "small", "xs"]
-    """tiny: learns Catch in minutes on a laptop CPU. small: between the two, for MinAtar on a GPU. xs: the paper's
-    7 M-parameter model, 64 x 64 pixels. Other images are as small as the environment allows."""
+    preset: Literal["tiny", "vector", "small", "xs"]
+    """tiny: learns Catch in minutes on a laptop CPU. vector: of its size, the default where observations are vectors.
+    small: between the two, for MinAtar on a GPU. xs: the paper's 7 M-parameter model, 64 x 64 pixels. Other images are
+    as small as the environment allows."""
     steps: int
     """Agent steps to train for."""
     seed: int
@@ -186,9 +205,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[AllOptions, InGraphConfig, j
     name = _env(arguments)
     try:
         env, params = jax_env.load(name)
-        shape = jax_env.board_shape(env, params)
+        shape = jax_env.observation_shape(env, params)
     except ConfigError as error:
         raise ConfigError(f"--env: {error}") from None
+    if len(shape) == 1 and not _given(arguments, "preset"):
+        preset, base = "vector", PRESETS["vector"]()
     base = dataclasses.replace(base, env=name, agent=fitted(base.agent, shape))
     options = command_line.parse_plain(AllOptions, arguments, PROGRAM, None, _defaults(AllOptions, preset, base))
     if not 1 <= options.seeds <= _MOST_SEEDS:
@@ -198,26 +219,44 @@ def parse(arguments: Sequence[str] | None) -> tuple[AllOptions, InGraphConfig, j
         config = InGraphConfig(**fields)
         shown = jax_env.JaxEnv(env, params, config.agent.world_model.autoencoder.image_size)
     except ConfigError as error:
-        raise ConfigError(command_line.with_flags(str(error))) from None
-    channels = config.agent.world_model.autoencoder.image_channels
-    if channels != shape[2]:
-        raise ConfigError(
-            f"--agent.world-model.autoencoder.image-channels must be {shape[2]} for {name}, got {channels}"
-        )
+        message = command_line.with_flags(str(error))
+        raise ConfigError(message if message.startswith("--") else f"--env: {message}") from None
+    _check_observations(name, config.agent.world_model.autoencoder, shape)
     return options, config, shown
 
 
-def fitted(agent: AgentConfig, board: tuple[int, int, int]) -> AgentConfig:
-    """The agent for an environment's boards [rows, columns, channels].
+def _check_observations(name: str, autoencoder: AutoencoderConfig, shape: tuple[int, ...]) -> None:
+    """Raises a ConfigError if flags ask for another kind of observation than the environment's."""
+    size = shape[0] if len(shape) == 1 else 0
+    if autoencoder.vector_size != size:
+        raise ConfigError(
+            f"--agent.world-model.autoencoder.vector-size must be {size} for {name}, got {autoencoder.vector_size}"
+        )
+    if len(shape) == 3 and autoencoder.image_channels != shape[2]:
+        raise ConfigError(
+            f"--agent.world-model.autoencoder.image-channels must be {shape[2]} for {name}, got "
+            f"{autoencoder.image_channels}"
+        )
+
+
+def fitted(agent: AgentConfig, shape: tuple[int, ...]) -> AgentConfig:
+    """The agent for an environment's boards [rows, columns, channels], or vectors [O].
 
     An image of fewer than 64 pixels becomes the smallest that the board fits into and that the autoencoder can halve.
     """
     autoencoder = agent.world_model.autoencoder
-    factor = 2 ** (len(autoencoder.depths) - 1)
-    least = -(-max(board[:2]) // factor) * factor
-    size = least if autoencoder.image_size < 64 else max(autoencoder.image_size, least)
-    autoencoder = dataclasses.replace(autoencoder, image_size=size, image_channels=board[2])
+    if len(shape) == 1:
+        autoencoder = dataclasses.replace(autoencoder, vector_size=shape[0])
+    else:
+        factor = 2 ** (len(autoencoder.depths) - 1)
+        least = -(-max(shape[:2]) // factor) * factor
+        size = least if autoencoder.image_size < 64 else max(autoencoder.image_size, least)
+        autoencoder = dataclasses.replace(autoencoder, image_size=size, image_channels=shape[2])
     return dataclasses.replace(agent, world_model=dataclasses.replace(agent.world_model, autoencoder=autoencoder))
+
+
+def _given(arguments: Sequence[str], flag: str) -> bool:
+    return any(argument.partition("=")[0] == f"--{flag}" for argument in arguments)
 
 
 def _env(arguments: Sequence[str]) -> str:

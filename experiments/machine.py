@@ -160,7 +160,7 @@ def memory_needed(config: AgentConfig) -> dict[str, int]:
 
     state = programs.shapes(config, num_actions=18)
     wm, im = config.world_model, config.imagination
-    frame = math.prod(wm.autoencoder.image_shape)
+    frame = math.prod(wm.autoencoder.frame_shape)
     return {
         f"--agent.replay.capacity {config.replay.capacity}": size(state.replay),
         "--agent.world-model (sizes)": size(state.world_model),

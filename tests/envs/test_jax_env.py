@@ -1,4 +1,4 @@
-"""JAX environments as image environments."""
+"""JAX environments: what the agent sees of boards and vectors, and what its actions are there."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drama_jax.action_space import Continuous
 from drama_jax.config import ConfigError
-from drama_jax.envs.jax_env import JaxEnv
+from drama_jax.envs import jax_env
+from drama_jax.envs.jax_env import JaxEnv, JaxEnvState
+from tests.tools import quick_jit
 
 
 @flax.struct.dataclass
@@ -83,8 +86,113 @@ def test_channels_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((4,), r"must be \[rows, columns\]"), ((9, 2), "image_size must be at least 9")]
+    ("shape", "message"),
+    [((), "a vector, got shape \\(\\)"), ((0,), "got shape"), ((9, 2), "image_size must be at least 9")],
 )
-def test_what_is_no_board_is_refused(shape, message):
+def test_what_is_no_board_and_no_vector_is_refused(shape, message):
     with pytest.raises(ConfigError, match=message):
         JaxEnv(_Corridor(shape=shape), None, 6)
+
+
+class _Echo:
+    """Sees its last action, a number in front; action 3 or beyond ends the episode, the fourth step cuts it off."""
+
+    def __init__(self, low, high, shape, seen=None):
+        self._space, self._seen = _Space(shape, low, high), seen
+        self.size = 1 + int(np.prod(shape))
+
+    def action_space(self, params):
+        return self._space
+
+    def observation_space(self, params):
+        return self._seen or _Space((self.size,), -np.inf, np.inf)
+
+    def reset(self, key, params):
+        return jnp.zeros(self.size), _Count(jnp.int32(0))
+
+    def step(self, key, state, action, params):
+        assert action.shape == self._space.shape
+        terminated, truncated = jnp.any(action >= 3), state.time == 3
+        after = jnp.where(terminated | truncated, 0, state.time + 1)
+        seen = jnp.append(1e6, action.reshape(-1))
+        return seen, _Count(after), action.sum(), terminated, truncated, {}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shape", "played"),
+    [
+        (-2.0, 2.0, (1,), {-1.0: [-2.0], 0.0: [0.0], 0.5: [1.0], 1.0: [2.0], 7.0: [2.0]}),
+        (np.array([0.0, -1.0]), np.array([10.0, 1.0]), (2,), {-1.0: [0.0, -1.0], 0.0: [5.0, 0.0], 1.0: [10.0, 1.0]}),
+        (2.0, 4.0, (), {-1.0: [2.0], 1.0: [4.0]}),
+    ],
+)
+def test_actions_are_scaled_to_the_range_of_the_environment(low, high, shape, played):
+    env = JaxEnv(_Echo(low, high, shape), None, 1)
+    size = int(np.prod(shape))
+    assert env.num_actions == Continuous(size) and env.image_shape == (1 + size,)
+    state = env.reset(jax.random.key(0))
+    assert state.frame.dtype == jnp.float32 and state.frame.shape == (1 + size,)
+    for action, expected in played.items():
+        after, outcome = env.step(state, jnp.full(size, action, jnp.float32), jax.random.key(1))
+        np.testing.assert_array_equal(after.frame, [1e6, *expected])  # neither clipped nor scaled
+        assert float(outcome.reward) == sum(expected)
+
+
+def test_a_vector_environment_ends_or_is_cut_off():
+    env = JaxEnv(_Echo(0.0, 4.0, (1,)), None, 1)
+    step = quick_jit(env.step)
+    for time, action, terminal, last in ((0, -1, 0, 0), (0, 1, 1, 1), (3, 0, 0, 1), (3, 1, 1, 1)):
+        state = JaxEnvState(inner=_Count(jnp.int32(time)), frame=jnp.zeros(2), first=jnp.zeros((), bool))
+        after, outcome = step(state, jnp.full(1, action, jnp.float32), jax.random.key(1))
+        assert (bool(outcome.terminal), bool(outcome.last), bool(after.first)) == (terminal, last, last)
+
+
+def test_one_of_several_numbers_is_seen_one_hot():
+    class Number(_Echo):
+        def reset(self, key, params):
+            return jnp.int32(2), _Count(jnp.int32(0))
+
+    seen = _Space(())
+    seen.n = 4
+    env = JaxEnv(Number(-1.0, 1.0, (1,), seen), None, 1)
+    assert env.image_shape == (4,)
+    frame = env.reset(jax.random.key(0)).frame
+    assert frame.dtype == jnp.float32 and frame.tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ((-np.inf, 1.0, (2,)), r"actions must lie between finite bounds, got \[-inf, -inf\] and \[1.0, 1.0\]"),
+        ((1.0, 1.0, (1,)), "actions must lie between finite bounds"),
+        ((-1.0, 1.0, (2, 2)), "actions must be one of several, or numbers between bounds"),
+    ],
+)
+def test_actions_without_a_range_are_refused(space, message):
+    with pytest.raises(ConfigError, match=message):
+        JaxEnv(_Echo(*space), None, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "actions", "shape"),
+    [
+        ("CartPole-v1", 2, (4,)),
+        ("Pendulum-v1", Continuous(1), (3,)),
+        ("MountainCarContinuous-v0", Continuous(1), (2,)),
+        ("PointRobot-misc", Continuous(2), (6,)),
+        ("FrozenLake-misc", 4, (16,)),
+    ],
+)
+def test_spaces_of_gymnax_are_read(name, actions, shape):
+    env = jax_env.make(name, 1)
+    assert env.num_actions == actions and env.image_shape == shape
+    assert jax.eval_shape(env.reset, jax.random.key(0)).frame.shape == shape
+
+
+def test_pendulum_plays_with_twice_the_action():
+    env, (theirs, params) = jax_env.make("Pendulum-v1", 1), jax_env.load("Pendulum-v1")
+    state = env.reset(jax.random.key(0))
+    after, outcome = quick_jit(env.step)(state, jnp.full(1, 0.5, jnp.float32), jax.random.key(1))
+    seen, _, reward, *_ = theirs.step(jax.random.key(1), state.inner, jnp.ones(1), params)
+    np.testing.assert_allclose(after.frame, seen, rtol=1e-6)
+    np.testing.assert_allclose(outcome.reward, reward, rtol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -14,6 +15,7 @@ import pytest
 from gymnax.environments.bsuite.catch import Catch
 
 from drama_jax import agent
+from drama_jax.action_space import Continuous
 from drama_jax.config import ConfigError
 from drama_jax.envs import jax_env as environments
 from drama_jax.replay import Transition
@@ -222,10 +224,12 @@ AE = "--agent.world-model.autoencoder"
 WRONG = [
     ("", "--env is missing; name a JAX environment, for example --env Catch-bsuite"),
     ("--env Cach-bsuite", "--env: gymnax has no environment 'Cach-bsuite'; did you mean Catch-bsuite"),
-    ("--env CartPole-v1", "--env: observations must be [rows, columns] or [rows, columns, C], got shape (4,)"),
+    ("--env SimpleBandit-bsuite", "--env: observations must lie between two finite numbers, got 1.0 and 1.0"),
+    (f"--env CartPole-v1 {AE}.vector-size 0", f"{AE}.vector-size must be 4 for CartPole-v1, got 0"),
+    (f"--env Catch-bsuite {AE}.vector-size 3", f"{AE}.vector-size must be 0 for Catch-bsuite, got 3"),
     ("--env nowhere:Env", "--env: no environment 'nowhere:Env': No module named 'nowhere'"),
     ("--env math:Env", "--env: no environment 'math:Env': module 'math' has no attribute 'Env'"),
-    ("--env Catch-bsuite --preset huge", "--preset: unknown preset 'huge'; accepted: tiny, small, xs"),
+    ("--env Catch-bsuite --preset huge", "--preset: unknown preset 'huge'; accepted: tiny, vector, small, xs"),
     ("--env Catch-bsuite --seeds 0", "--seeds must be an integer from 1 to 1024, got 0"),
     ("--env Catch-bsuite --seed -1", "--seed must lie in [0, 2000000000], got -1"),
     ("--env Catch-bsuite --steps 0", "--steps must be an integer from 1 to 2147483647, got 0"),
@@ -268,6 +272,30 @@ def test_images_are_as_small_as_the_environment_and_the_autoencoder_allow(name, 
     _, config, env = jax_presets.parse(["--env", name, "--preset", preset])
     expected = shape if isinstance(shape, tuple) else (shape, shape, 3)
     assert env.image_shape == expected == config.agent.world_model.autoencoder.image_shape
+
+
+def test_a_vector_environment_has_its_own_preset_unless_another_is_given():
+    _, config, env = jax_presets.parse(["--env", "Pendulum-v1"])
+    options, other, _ = jax_presets.parse(["--env", "CartPole-v1", "--preset=small"])
+    assert env.num_actions == Continuous(1) and env.image_shape == (3,)
+    assert config.agent.world_model.autoencoder.vector_size == 3
+    assert config == dataclasses.replace(jax_presets.PRESETS["vector"](), agent=config.agent)
+    assert options.preset == "small" and other.agent.world_model.autoencoder.vector_size == 4
+
+
+def test_a_vector_environment_with_continuous_actions_from_end_to_end(tmp_path):
+    small = [word for word in ARGUMENTS[2:] if word not in ("--preset", "tiny")]
+    sizes = f"--steps 18 {AE}.vector-units 8 --logdir {tmp_path} --picture {tmp_path}/curves.png"
+    assert jax_env.main(["--env", "Pendulum-v1", *small, *sizes.split()]) == 0
+    for seed in SEEDS:
+        (directory,) = tmp_path.glob(f"Pendulum-v1/vector/seed{seed}-*")
+        found = checkpoint.load(directory, resume.read(directory)["id"])[0].device
+        stored = {name: found[f"agent/replay/{name}"][:18] for name in ("frames", "actions", "firsts")}
+        assert stored["frames"].shape == (18, 3) and stored["frames"].dtype == np.float32
+        np.testing.assert_allclose(np.square(stored["frames"][:, :2]).sum(axis=1), 1, rtol=1e-5)  # cosine and sine
+        assert stored["actions"].shape == (18, 1) and np.abs(stored["actions"]).max() <= 1
+        assert len(np.unique(stored["actions"])) == 18 and stored["firsts"].tolist() == [True] + 17 * [False]
+    assert (tmp_path / "curves.png").is_file()
 
 
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
