@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
@@ -24,7 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers find it in the environment
+        directory = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory} | COMPILED
+    for name, kind in (("dir", str), ("max_size", int)):
+        jax.config.update(f"jax_compilation_cache_{name}", kind(os.environ[f"JAX_COMPILATION_CACHE_{name.upper()}"]))
+    least = "persistent_cache_min_compile_time_secs"
+    jax.config.update(f"jax_{least}", float(os.environ[f"JAX_{least.upper()}"]))
 
+
+# Programs that took long to compile are kept for the session, for the other worker, the processes that tests start, and
+# after `bounded_memory`. JAX locks the directory if its size is limited.
+COMPILED = {"JAX_COMPILATION_CACHE_MAX_SIZE": str(10**11), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 # The longest files, longest first: begun early, they do not leave one of two processes waiting at the end.
 LONG = ("training/test_prediction.py", "learning/", "faults/")
