@@ -106,23 +106,24 @@ def check(options: Options) -> None:
 
 
 def run(options: Options) -> str:
-    """Makes the parts that are asked for, writes the file after every row, and the report; returns the tables.
+    """Makes the parts that are asked for, writes every row to the file, and the report; returns the tables.
 
     Raises:
       ConfigError: if the file is of other settings, or cannot be written.
     """
     path = options.out / f"{grid_world_report.NAME}.json"
     content = grid_world_report.read(path)
-    todo = [part for part in ("errors", "costs") if options.only in ("all", part)]
-    rows = {part: grid_world_report.begin(content, part, settings(options, part), path) for part in todo}
-    for part in todo:
+    todo = {part: settings(options, part) for part in ("errors", "costs") if options.only in ("all", part)}
+    for part, common in todo.items():
+        grid_world_report.check(content, part, common, path)
+    for part, common in todo.items():
         for name in dict.fromkeys(options.backbones):
             for frames in dict.fromkeys(options.frames):
                 row = {"backbone": name, "frames": frames, "tokens": study_config(options, name, frames, 1).num_tokens}
                 made = errors if part == "errors" else costs
-                grid_world_report.put(rows[part], row | made(options, name, frames) | {"made": _made()})
-                grid_world_report.write(content, options.out)
-    return grid_world_report.report(content, options.out)
+                row |= made(options, name, frames) | {"made": _made()}
+                grid_world_report.add(options.out, part, common, row)
+    return grid_world_report.report(grid_world_report.read(path), options.out)
 
 
 def settings(options: Options, part: str) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import pathlib
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from drama_jax.config import ConfigError
+from drama_jax.config import BackboneName, ConfigError
 from drama_jax.training import scores
 from experiments import figures
 from experiments.tables import markdown_table, standard_error
@@ -73,40 +74,36 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def begin(content: dict[str, Any], part: str, settings: Mapping[str, Any], path: pathlib.Path) -> list[Row]:
-    """The rows of a part, for new ones to be put among them by `put`.
+def check(content: Mapping[str, Any], part: str, settings: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raises a ConfigError if the file at `path` has rows of this part that were made with other settings."""
+    held = content.get(part, {"settings": settings})["settings"]
+    for name, given in settings.items():
+        if held.get(name) != given:
+            raise ConfigError(
+                f"{path} has {part} made with {name} {held.get(name)}, here {given}; give that, or another --out"
+            )
+
+
+def add(out: pathlib.Path, part: str, settings: Mapping[str, Any], row: Row) -> None:
+    """Puts a row into the file, in place of the one of this backbone and length if there is one.
+
+    The file is read anew, so that one process may make errors while another one makes costs.
 
     Raises:
-      ConfigError: if the file has rows that were made with other settings.
+      ConfigError: if the file has rows that were made with other settings, or cannot be written.
     """
-    held = content.setdefault(part, {"settings": dict(settings), "rows": []})
-    if held["settings"] != dict(settings):
-        name, given = next((name, given) for name, given in settings.items() if held["settings"].get(name) != given)
-        before = held["settings"].get(name)
-        raise ConfigError(f"{path} has {part} made with {name} {before}, here {given}; give that, or another --out")
-    rows: list[Row] = held["rows"]
-    return rows
-
-
-def put(rows: list[Row], row: Row) -> None:
-    """Adds a row, in place of the one of this backbone and length if there is one."""
-    here = [(old["backbone"], old["frames"]) for old in rows]
-    key = row["backbone"], row["frames"]
-    if key in here:
-        rows[here.index(key)] = row
-    else:
-        rows.append(row)
-
-
-def write(content: Mapping[str, Any], out: pathlib.Path) -> None:
-    """Writes the file.
-
-    Raises:
-      ConfigError: if it cannot be written.
-    """
+    path = out / f"{NAME}.json"
+    content = read(path)
+    check(content, part, settings, path)
+    rows: list[Row] = content.get(part, {"rows": []})["rows"]
+    here = row["backbone"], row["frames"]
+    rows = [*(old for old in rows if (old["backbone"], old["frames"]) != here), row]
+    order = typing.get_args(BackboneName)
+    rows.sort(key=lambda row: (order.index(row["backbone"]), row["frames"]))
+    content[part] = {"settings": dict(settings), "rows": rows}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        scores.write(out / f"{NAME}.json", content)
+        scores.write(path, content)
     except OSError as error:
         raise ConfigError(f"--out {error.filename}: cannot be written ({error.strerror})") from error
 
