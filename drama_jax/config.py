@@ -84,7 +84,8 @@ def _fraction(config: object, *names: str) -> None:
 class Fidelity:
     """Where the paper's equations (the defaults) and the released PyTorch code part ways.
 
-    Each field is read at exactly one place. Preset `reference` inverts all of them.
+    Each field is read at exactly one place. Preset `reference` inverts all of them, and
+    `WorldModelConfig.free_bits_each` with them.
     """
 
     reset_at_episode_start: bool = True
@@ -283,8 +284,9 @@ class WorldModelConfig:
     """T, the steps of one training sequence."""
     free_bits: float = 1.0
     """Nats below which the KL, summed over the categoricals, is not penalised."""
-    free_bits_each: bool = False
-    """Compare each step's KL with `free_bits`; otherwise their mean, so that below it no step has a gradient."""
+    free_bits_each: bool = True
+    """Compare each step's KL with `free_bits`. The released code (`reference`) compares their mean: where most steps are
+    easy to predict the mean is below it, and no step has a gradient, however wrong."""
     dynamics_scale: float = 1.0
     representation_scale: float = 0.1
     compute_dtype: ComputeDtype = "auto"
@@ -463,6 +465,19 @@ class AtariConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """An environment of EnvPool that is not Atari."""
+
+    max_episode_steps: int = 0
+    """Agent steps after which an episode is truncated; 0 for the task's own number."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        steps = self.max_episode_steps
+        _require(steps >= 0, f"TaskConfig.max_episode_steps must be >= 0, got {steps}")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation after training."""
 
@@ -526,6 +541,25 @@ class RunConfig:
         )
 
 
+@dataclass(frozen=True)
+class TaskRunConfig:
+    """One training run on an environment of EnvPool that is not Atari; the fields are those of `RunConfig`."""
+
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    steps: int = 100_000
+    max_skipped_updates: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.steps >= 0, f"steps must be >= 0, got {self.steps}")
+        _positive(self, "max_skipped_updates")
+        _require(0 <= self.seed <= 2_000_000_000, f"seed must lie in [0, 2000000000], got {self.seed}")
+
+
 def _tiny() -> RunConfig:
     # What the model must find is a paddle that makes up a fiftieth of the frame's rows. It finds it after some 2,500
     # updates, nearly whatever their batch: many updates on few frames cost least, and a higher learning rate drowns
@@ -575,7 +609,7 @@ def _small() -> RunConfig:
 
 def _reference() -> RunConfig:
     flipped = Fidelity(**{f.name: False for f in dataclasses.fields(Fidelity)})
-    return RunConfig(agent=AgentConfig(fidelity=flipped))
+    return RunConfig(agent=AgentConfig(fidelity=flipped, world_model=WorldModelConfig(free_bits_each=False)))
 
 
 PRESETS = {"tiny": _tiny, "xs": RunConfig, "s": _small, "reference": _reference}

@@ -41,7 +41,9 @@ CONFIG = AgentConfig(
     warmup_steps=16,
 )
 REFERENCE = dataclasses.replace(
-    CONFIG, fidelity=Fidelity(**{field.name: False for field in dataclasses.fields(Fidelity)})
+    CONFIG,
+    fidelity=Fidelity(**{field.name: False for field in dataclasses.fields(Fidelity)}),
+    world_model=dataclasses.replace(CONFIG.world_model, free_bits_each=False),
 )
 
 

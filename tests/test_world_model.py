@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from drama_jax import distributions, interop, optim, world_model
-from drama_jax.config import AutoencoderConfig, BackboneConfig, OptimizerConfig, WorldModelConfig
+from drama_jax.config import AutoencoderConfig, BackboneConfig, OptimizerConfig, WorldModelConfig, preset
 from drama_jax.nn import depth_to_space
 from drama_jax.replay import Batch
 from tests.tools import assert_trees_close, flat, named, quick_jit
@@ -20,6 +20,7 @@ CONFIG = WorldModelConfig(
     autoencoder=AutoencoderConfig(depths=(4, 8, 12, 16, 16), categoricals=8, classes=8),
     backbone=BackboneConfig(width=64, head_dim=16, chunk_size=4),
     head_units=32,
+    free_bits_each=False,
     compute_dtype="float64",
 )
 ACTIONS = 4
@@ -277,6 +278,22 @@ def test_kl_pairs_across_an_episode_start_do_not_count():
     _, mean = kl_loss(weight, free_bits=0.0)
     np.testing.assert_allclose(mean, (kl[0] + kl[2]) / 2, rtol=1e-6)
     np.testing.assert_allclose(kl_loss(free_bits=1e3), [1e3, kl.mean()], rtol=1e-6)
+    np.testing.assert_allclose(kl_loss(free_bits=1e3, free_bits_each=False), [1e3, kl.mean()], rtol=1e-6)
     threshold = float((kl[0] + kl[2]) / 2)
-    each = kl_loss(weight, free_bits=threshold, free_bits_each=True)
+    each = kl_loss(weight, free_bits=threshold)
     np.testing.assert_allclose(each, [np.maximum(kl[np.asarray([0, 2])], threshold).mean(), threshold], rtol=1e-6)
+
+
+def test_a_rare_surprise_among_predictable_steps_is_still_learnt():
+    """A ball that is served once in many still frames: the mean KL is below the free bits, that step's is not."""
+    posterior = jnp.zeros((1, 40, 2, 3)).at[0, 20, :, 1].set(8.0)
+    posterior = jax.nn.log_softmax(posterior)
+    prior = jnp.zeros((1, 40, 2, 3)).at[0, 19, :, 0].set(8.0)
+
+    def gradient(config):
+        return jax.grad(lambda q: world_model.kl_loss(config, posterior, jax.nn.log_softmax(q), None)[0])(prior)
+
+    assert world_model.kl_loss(WorldModelConfig(), posterior, jax.nn.log_softmax(prior), None)[1] < 1
+    rare = gradient(WorldModelConfig())[0]
+    assert np.flatnonzero(np.abs(rare).sum((1, 2))).tolist() == [19]
+    assert not gradient(preset("reference").agent.world_model).any()

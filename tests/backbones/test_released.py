@@ -154,6 +154,7 @@ MODEL = WorldModelConfig(
     autoencoder=AutoencoderConfig(depths=(4, 8, 12, 16, 16), categoricals=8, classes=8),
     backbone=BackboneConfig(width=64, head_dim=16),
     head_units=32,
+    free_bits_each=False,
     compute_dtype="float64",
 )
 
