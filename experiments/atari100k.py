@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from drama_jax import agent
+from drama_jax.action_space import ActionSpace
 from drama_jax.config import ConfigError
 from drama_jax.envs.base import EmulatorError
 from drama_jax.envs.games import canonical_game
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line explains each of the last two.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
+
+    def command() -> None:
         options, config = command_line.parse(arguments, _PROGRAM)
         whole = command_line.plan(options, config)
         options, planned = processes.share(options, whole)
@@ -54,6 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not finished:
             directory = runs[0].directory if len(whole) == 1 else options.logdir
             print(f"stopped; to continue:\n{command_line.to_continue(arguments, _PROGRAM, directory)}", flush=True)
+
+    return exit_code(command)
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Runs a command to its end; returns the exit code that `main` documents, after a line that explains it."""
+    try:
+        command()
     except (ConfigError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -83,12 +93,22 @@ def run(
       ConfigError: if they cannot start.
       Failed: if an emulator failed, or a last checkpoint could not be saved.
     """
-    start = time.perf_counter()
-    config = planned[0].config
     try:
         game = canonical_game(options.game)
     except ConfigError as error:
         raise ConfigError(f"--game: {error}") from None
+    return run_on(game, options, planned, stop)
+
+
+def run_on(
+    game: str,
+    options: command_line.AllOptions,
+    planned: Sequence[command_line.Planned],
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[Run], bool]:
+    """`run` on what `machine.make_environment` makes of a name; of `options`, `game` and `atari` are not looked at."""
+    start = time.perf_counter()
+    config = planned[0].config
     run_directory.check(options.logdir)
     devices = machine.choose_devices(options.devices, len(planned))
     machine.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
@@ -169,7 +189,7 @@ def _keys(run: Run) -> tuple[jax.Array, jax.Array, jax.Array]:
     return init_key, train_key, evaluation_key
 
 
-def initial(runs: Sequence[Run], num_actions: int, together: Together) -> Any:
+def initial(runs: Sequence[Run], num_actions: ActionSpace, together: Together) -> Any:
     """The agents' states, fresh or from their checkpoints, stacked."""
     # What is static is the first run's: the others differ in nothing that is not part of the state.
     common, states = runs[0].config, []

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 
-from drama_jax.config import ConfigError, RunConfig
+from drama_jax.config import ConfigError, RunConfig, TaskRunConfig
 from drama_jax.envs.base import EmulatorError
 from drama_jax.training import checkpoint, evaluation, run_directory, scores
 from drama_jax.training.logging import Progress
@@ -68,8 +68,8 @@ def run(options: Options) -> tuple[str, list[float], pathlib.Path]:
       ConfigError: if the run or its weights cannot be read, an option is wrong, or the result cannot be written.
       EmulatorError: an emulator failed.
     """
-    game, config = run_directory.load_config(options.logdir)
-    config = _settings(config, options)
+    game, config = run_directory.load_any_config(options.logdir)
+    config = _settings(game, config, options)
     num_envs = min(options.num_envs, options.episodes)
     with contextlib.closing(make_environment(game, config, num_envs=num_envs, evaluation=True)) as environment:
         step = checkpoint.newest(options.logdir) if options.weights is None and options.step is None else options.step
@@ -88,7 +88,7 @@ def run(options: Options) -> tuple[str, list[float], pathlib.Path]:
         "weights": options.weights.name if options.weights else f"checkpoint {label}",
         "num_envs": num_envs,
         "seed": options.seed,
-        "env_backend": config.atari.backend,
+        "env_backend": config.atari.backend if isinstance(config, RunConfig) else "envpool",
         **run_directory.environment(),
     }
     try:
@@ -98,12 +98,16 @@ def run(options: Options) -> tuple[str, list[float], pathlib.Path]:
     return game, returns, path
 
 
-def _settings(config: RunConfig, options: Options) -> RunConfig:
+def _settings(game: str, config: RunConfig | TaskRunConfig, options: Options) -> RunConfig | TaskRunConfig:
     """The run's configuration with the options' seed, episodes and emulator."""
     for name in ("episodes", "num_envs"):
         value = getattr(options, name)
         if not 1 <= value <= 4096:
             raise ConfigError(f"--{name.replace('_', '-')} must lie in [1, 4096], got {value}")
+    if isinstance(config, TaskRunConfig):
+        if options.env_backend not in (None, "envpool"):
+            raise ConfigError(f"--env-backend {options.env_backend}: {game} is played through envpool only")
+        return dataclasses.replace(config, seed=options.seed)
     atari = config.atari
     if options.env_backend is not None:
         atari = dataclasses.replace(atari, backend=options.env_backend)

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 
-from drama_jax.config import AgentConfig, ConfigError, RunConfig
+from drama_jax.action_space import ActionSpace
+from drama_jax.config import AgentConfig, ConfigError, RunConfig, TaskRunConfig
 from drama_jax.envs import Env, make_atari
+from drama_jax.envs.envpool_tasks import describe, make_task
 from drama_jax.training import programs
 from drama_jax.training.together import Together
 from experiments import command_line
@@ -22,12 +24,20 @@ _BESIDES = 1.08
 real loop, where the compiler counts 3.79. The rest is acting, images, and copies that are being saved."""
 
 
-def make_environment(game: str, config: RunConfig, *, num_envs: int, evaluation: bool = False) -> Env:
+def make_environment(game: str, config: RunConfig | TaskRunConfig, *, num_envs: int, evaluation: bool = False) -> Env:
     """The training environment, or those of the evaluation with their own seeds and step limit.
+
+    Args:
+      game: Atari game, or with a `TaskRunConfig` task of EnvPool.
+      config: of the run.
+      num_envs: How many.
+      evaluation: What for.
 
     Raises:
       ConfigError: if the emulator is missing or refuses its settings.
     """
+    if isinstance(config, TaskRunConfig):
+        return _make_task(game, config, num_envs=num_envs, evaluation=evaluation)
     atari, seed = config.atari, config.seed
     if evaluation:
         atari = dataclasses.replace(atari, max_episode_steps=config.evaluation.max_episode_steps)
@@ -40,6 +50,18 @@ def make_environment(game: str, config: RunConfig, *, num_envs: int, evaluation:
         raise ConfigError(
             message if message.startswith("--") else f"--env-backend {atari.backend}: {message}"
         ) from None
+
+
+def _make_task(name: str, config: TaskRunConfig, *, num_envs: int, evaluation: bool) -> Env:
+    task, size = config.task, config.agent.world_model.autoencoder.image_size
+    try:
+        if evaluation:
+            limit = task.max_episode_steps or describe(name).max_episode_steps
+            task = dataclasses.replace(task, max_episode_steps=min(limit, config.evaluation.max_episode_steps))
+        return make_task(name, task, num_envs=num_envs, image_size=size, seed=config.seed + evaluation)
+    except ConfigError as error:
+        message = command_line.with_flags(str(error))
+        raise ConfigError(message if message.startswith("--") else f"--task: {message}") from None
 
 
 def check_memory(config: AgentConfig, stats: dict[str, int] | None, agents: int = 1) -> None:
@@ -88,7 +110,9 @@ def _too_many(agents: int, needed: int, where: str, free: int, fit: int) -> Conf
     )
 
 
-def check_update(config: AgentConfig, num_actions: int, together: Together, stats: dict[str, int] | None) -> None:
+def check_update(
+    config: AgentConfig, num_actions: ActionSpace, together: Together, stats: dict[str, int] | None
+) -> None:
     """Raises a ConfigError if the update of all agents, activations included, does not fit a device.
 
     The number is that of the compiled update itself, times `_BESIDES`: how much of what is computed is there at once
@@ -98,7 +122,7 @@ def check_update(config: AgentConfig, num_actions: int, together: Together, stat
 
     Args:
       config: Of every agent.
-      num_actions: A of the game.
+      num_actions: A of the game, or `Continuous(A)`.
       together: How the agents lie on the devices.
       stats: A device's memory statistics; None where it keeps none, as on a CPU, where nothing is compiled here.
     """
@@ -111,7 +135,7 @@ def check_update(config: AgentConfig, num_actions: int, together: Together, stat
         raise _too_many(agents, needed, "device memory", free, fit)
 
 
-def most_agents(config: AgentConfig, num_actions: int, device: jax.Device, free: int, *, many: int) -> int:
+def most_agents(config: AgentConfig, num_actions: ActionSpace, device: jax.Device, free: int, *, many: int) -> int:
     """How many agents fit into `free` bytes of a device, by the compiled updates of one and of `many` > 1 of them."""
     one, several = (_bytes(config, num_actions, Together(count, [device])) for count in (1, many))
     if one is None or several is None:
@@ -120,7 +144,7 @@ def most_agents(config: AgentConfig, num_actions: int, device: jax.Device, free:
     return max(0, 1 + math.floor((free - one) / each))
 
 
-def _bytes(config: AgentConfig, num_actions: int, together: Together) -> int | None:
+def _bytes(config: AgentConfig, num_actions: ActionSpace, together: Together) -> int | None:
     """What the agents of a device take of it."""
     found = programs.update_bytes(config, num_actions, together)
     if found is None:

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 
-from drama_jax.config import ConfigError, RunConfig
+from drama_jax.action_space import ActionSpace
+from drama_jax.config import ConfigError, RunConfig, TaskRunConfig
 from drama_jax.training import checkpoint, programs, weights
 
 
 def load(
     logdir: pathlib.Path,
-    config: RunConfig,
-    num_actions: int,
+    config: RunConfig | TaskRunConfig,
+    num_actions: ActionSpace,
     *,
     file: pathlib.Path | None = None,
     step: int | None = None,

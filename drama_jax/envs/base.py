@@ -1,6 +1,7 @@
 """The protocol of vectorised environments that live outside JAX.
 
-E is the number of parallel environments; H, W, C are frame height, width and channels.
+E is the number of parallel environments; H, W, C are frame height, width and channels, O the numbers of a vector, A
+those of a continuous action.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from drama_jax.action_space import ActionSpace, Continuous
 from drama_jax.config import ConfigError
 
 
@@ -36,7 +38,7 @@ class Observation(NamedTuple):
     with `first` set begins an episode: its frame follows no counted action, its reward is 0 and its flags are unset.
     """
 
-    frames: np.ndarray  # [E, H, W, C] uint8
+    frames: np.ndarray  # [E, H, W, C] uint8, or [E, O] float32
     rewards: np.ndarray  # [E] float32, raw score gained
     terminals: np.ndarray  # [E] bool, the episode is over or (if so configured) a life was lost; never a truncation
     last: np.ndarray  # [E] bool, the episode ended here, over or truncated
@@ -53,15 +55,16 @@ class Env(Protocol):
     """
 
     num_envs: int
-    num_actions: int
-    image_shape: tuple[int, int, int]
+    num_actions: ActionSpace
+    image_shape: tuple[int, ...]
+    """(H, W, C) of an image, (O,) of a vector."""
 
     def reset(self) -> Observation:
         """Starts a new episode everywhere; every row has `first` set."""
         ...
 
     def step(self, actions: np.ndarray) -> Observation:
-        """Plays `actions` ([E] integers in [0, num_actions)).
+        """Plays `actions` ([E] integers in [0, num_actions), or [E, A] floats in -1..1 if they are continuous).
 
         Raises:
           ValueError: wrong shape or type, or an action out of range; nothing was played.
@@ -98,14 +101,21 @@ class Env(Protocol):
         ...
 
 
-def check_actions(actions: np.ndarray, num_envs: int, num_actions: int) -> np.ndarray:
-    """`actions` as [E] int32, or ValueError: emulators read out of bounds, or abort, where these checks fail."""
+def check_actions(actions: np.ndarray, num_envs: int, num_actions: ActionSpace) -> np.ndarray:
+    """`actions` as [E] int32 or [E, A] float32, or ValueError: emulators read out of bounds, or abort, without it."""
+    continuous = isinstance(num_actions, Continuous)
+    shape = (num_envs, num_actions.size) if isinstance(num_actions, Continuous) else (num_envs,)
+    kind = "floats" if continuous else "integers"
     try:
         array = np.asarray(actions)
     except ValueError:  # ragged
-        raise ValueError(f"actions must be {num_envs} integers, got {actions!r}") from None
-    if array.shape != (num_envs,) or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"actions must be {num_envs} integers of shape ({num_envs},), got {array.dtype} {array.shape}")
+        raise ValueError(f"actions must be {num_envs} {kind}, got {actions!r}") from None
+    if array.shape != shape or not np.issubdtype(array.dtype, np.floating if continuous else np.integer):
+        raise ValueError(f"actions must be {num_envs} {kind} of shape {shape}, got {array.dtype} {array.shape}")
+    if isinstance(num_actions, Continuous):
+        if not (np.abs(array) <= 1).all():  # nor NaN
+            raise ValueError(f"actions must lie in [-1, 1], got {array.tolist()}")
+        return array.astype(np.float32)
     if array.min() < 0 or array.max() >= num_actions:
         raise ValueError(f"actions must lie in [0, {num_actions}), got {array.tolist()}")
     return array.astype(np.int32)

@@ -1,7 +1,8 @@
-"""Atari through EnvPool (C++ thread pool). Arguments arrive validated: EnvPool crashes on some bad ones.
+"""Environments of EnvPool (C++ thread pool). Arguments arrive validated: EnvPool crashes on some bad ones.
 
-EnvPool cannot save its state, and in some games an episode depends on those before it. So this class remembers every
-action since its emulators were made, one byte each, and plays them again to get back to where it was.
+EnvPool cannot save its state, and in some games an episode depends on those before it. So `Pool` remembers every action
+since its emulators were made, and plays them again to get back to where it was. `EnvPoolEnv` is Atari;
+`envpool_tasks.EnvPoolTask` is the rest.
 """
 
 from __future__ import annotations
@@ -12,24 +13,119 @@ from typing import Any
 
 import numpy as np
 
+from drama_jax.action_space import ActionSpace, Continuous
 from drama_jax.config import AtariConfig, ConfigError
 from drama_jax.envs.base import Observation, StateMismatch, check_actions, no_progress, pack_state, unpack_state
 
 _RESET = 255
-"""Stands for a call of `reset` among the actions played."""
+"""Stands for a call of `reset` among the actions played; among continuous ones NaN does."""
 
 
-class EnvPoolEnv:
-    """E copies of one game; implements `base.Env`. See `atari.make_atari` for the arguments."""
+class Pool:
+    """E emulators whose actions are remembered; implements `base.Env` but for what EnvPool's observations mean.
+
+    Args:
+      options: of `envpool.make`, among them `num_envs`.
+      identity: what a saved state must agree on to be played on here; JSON.
+      num_actions: what an action is; of at most 255.
+      image_shape: of a frame.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        identity: dict[str, Any],
+        num_actions: ActionSpace,
+        image_shape: tuple[int, ...],
+    ) -> None:
+        self.num_envs = int(options["num_envs"])
+        self.num_actions, self.image_shape = num_actions, image_shape
+        self._options, self._identity = options, identity
+        # How an action is remembered.
+        self._kept = np.dtype((np.float32, num_actions.size) if isinstance(num_actions, Continuous) else np.uint8)
+        self._start()
+
+    def reset(self) -> Observation:
+        """See `base.Env`."""
+        frames, info = self._pool.reset()
+        false = np.zeros(self.num_envs, np.bool_)
+        mark = np.nan if isinstance(self.num_actions, Continuous) else _RESET
+        self._played.extend(np.full(self.num_envs, mark, self._kept).tobytes())
+        return self._keep(self._observation(frames, np.zeros(self.num_envs, np.float32), false, false, info))
+
+    def step(self, actions: np.ndarray) -> Observation:
+        """See `base.Env`."""
+        if not self._played:
+            raise RuntimeError("call reset() before step()")  # EnvPool would silently reset instead
+        actions = check_actions(actions, self.num_envs, self.num_actions)
+        outcome = self._pool.step(self._theirs(actions))
+        self._played.extend(actions.astype(self._kept.base).tobytes())
+        return self._keep(self._observation(*outcome))
+
+    def get_state(self) -> bytes:
+        """See `base.Env`."""
+        if self._last is None:
+            raise RuntimeError("call reset() before get_state()")
+        header = {"identity": self._identity, "version": _version(), "last": _digest(self._last)}
+        played = np.frombuffer(bytes(self._played), self._kept.base)
+        return pack_state(header, {"played": played.reshape(-1, self.num_envs, *self._kept.shape)})
+
+    def set_state(self, state: bytes, *, on_step: Callable[[int, int], None] = no_progress) -> Observation:
+        """See `base.Env`. Plays everything again: of Atari, about a minute for 100,000 steps."""
+        header, arrays = unpack_state(state)
+        if header["identity"] != self._identity:
+            raise ConfigError(
+                f"the saved environment is {header['identity']}, this one is {self._identity}: use the saved settings"
+            )
+        self._start()
+        if header["version"] != _version():
+            raise StateMismatch(f"it was saved by envpool {header['version']}, this is {_version()}")
+        played = arrays["played"]
+        for done, actions in enumerate(played, 1):
+            # An action is neither the mark nor NaN.
+            is_reset = np.isnan(actions).any() if self._kept.shape else actions[0] == _RESET
+            observation = self.reset() if is_reset else self.step(actions)
+            on_step(done, len(played))
+        if _digest(observation) != header["last"]:
+            self._start()
+            raise StateMismatch("its actions, played again, do not lead to the same picture")
+        return observation
+
+    def close(self) -> None:
+        """See `base.Env`."""
+        self._played, self._last = bytearray(), None
+        self._pool = None  # its threads end with the object; its own close() keeps them
+
+    def _start(self) -> None:
+        """New emulators, in which nothing has been played."""
+        self._pool: Any = None  # before the new one, so that there is one at a time
+        self._pool = import_envpool().make(**self._options)
+        self._played = bytearray()  # [calls, E] uint8, or [calls, E, A] float32
+        self._last: Observation | None = None
+
+    def _keep(self, observation: Observation) -> Observation:
+        self._last = observation
+        return observation
+
+    def _theirs(self, actions: np.ndarray) -> np.ndarray:
+        """Checked actions as EnvPool takes them."""
+        return actions
+
+    def _observation(
+        self, frames: Any, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, info: dict[str, Any]
+    ) -> Observation:
+        """What EnvPool returned, as what it means."""
+        raise NotImplementedError
+
+
+class EnvPoolEnv(Pool):
+    """E copies of one Atari game. See `atari.make_atari` for the arguments."""
 
     def __init__(
         self, game: str, config: AtariConfig, *, num_envs: int, image_size: int, seed: int, num_threads: int
     ) -> None:
-        self.num_envs = num_envs
-        self.image_shape = (image_size, image_size, 3)
         self._life_loss_is_terminal = config.life_loss_is_terminal
-        # What a saved state must agree on to be played on here.
-        self._identity = {
+        identity = {
             "game": game,
             "num_envs": num_envs,
             "image_size": image_size,
@@ -37,7 +133,7 @@ class EnvPoolEnv:
             "seed": seed,
         }
         # Every option is named: EnvPool's defaults are grey, stacked, 84x84 frames with no-ops and FIRE at resets.
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "task_id": f"{game}-v5",
             "env_type": "gymnasium",
             "num_envs": num_envs,
@@ -62,67 +158,15 @@ class EnvPoolEnv:
             "difficulty": -1,
             "thread_affinity_offset": -1,
         }
-        self._start()
+        super().__init__(options, identity, 0, (image_size, image_size, 3))
         self.num_actions = int(self._pool.action_space.n)
 
-    def reset(self) -> Observation:
-        """See `base.Env`."""
-        frames, info = self._pool.reset()
-        false = np.zeros(self.num_envs, np.bool_)
-        self._played.extend([_RESET] * self.num_envs)
-        return self._observation(frames, np.zeros(self.num_envs, np.float32), false, false, info)
-
-    def step(self, actions: np.ndarray) -> Observation:
-        """See `base.Env`."""
-        if not self._played:
-            raise RuntimeError("call reset() before step()")  # EnvPool would silently reset instead
-        actions = check_actions(actions, self.num_envs, self.num_actions)
-        outcome = self._pool.step(actions)
-        self._played.extend(actions.astype(np.uint8).tobytes())
-        return self._observation(*outcome)
-
-    def get_state(self) -> bytes:
-        """See `base.Env`."""
-        if self._last is None:
-            raise RuntimeError("call reset() before get_state()")
-        header = {"identity": self._identity, "version": _version(), "last": _digest(self._last)}
-        played = np.frombuffer(bytes(self._played), np.uint8).reshape(-1, self.num_envs)
-        return pack_state(header, {"played": played})
-
-    def set_state(self, state: bytes, *, on_step: Callable[[int, int], None] = no_progress) -> Observation:
-        """See `base.Env`. Plays everything again: about a minute for 100,000 steps."""
-        header, arrays = unpack_state(state)
-        if header["identity"] != self._identity:
-            raise ConfigError(
-                f"the saved environment is {header['identity']}, this one is {self._identity}: use the saved settings"
-            )
-        self._start()
-        if header["version"] != _version():
-            raise StateMismatch(f"it was saved by envpool {header['version']}, this is {_version()}")
-        played = arrays["played"]
-        for done, actions in enumerate(played, 1):
-            observation = self.reset() if actions[0] == _RESET else self.step(actions)
-            on_step(done, len(played))
-        if _digest(observation) != header["last"]:
-            self._start()
-            raise StateMismatch("its actions, played again, do not lead to the same picture")
-        return observation
-
     def _start(self) -> None:
-        """New emulators, in which nothing has been played."""
-        self._pool: Any = None  # before the new one, so that there is one at a time
-        self._pool = _import_envpool().make(**self._options)
+        super()._start()
         self._lives = np.zeros(self.num_envs, np.int32)
-        self._played = bytearray()  # [calls, E] uint8
-        self._last: Observation | None = None
-
-    def close(self) -> None:
-        """See `base.Env`."""
-        self._played, self._last = bytearray(), None
-        self._pool = None  # its threads end with the object; its own close() keeps them
 
     def _observation(
-        self, frames: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, info: dict
+        self, frames: Any, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, info: dict[str, Any]
     ) -> Observation:
         first = info["elapsed_step"] == 0
         lives = np.array(info["lives"], np.int32)
@@ -130,7 +174,7 @@ class EnvPoolEnv:
         over = (info["terminated"] != 0) & ~first
         life_lost = (lives < self._lives) & ~first
         self._lives = lives
-        self._last = Observation(
+        return Observation(
             frames=np.ascontiguousarray(frames.transpose(0, 2, 3, 1)),
             rewards=np.asarray(rewards, np.float32),
             terminals=over | life_lost if self._life_loss_is_terminal else over,
@@ -139,7 +183,6 @@ class EnvPoolEnv:
             first=first,
             lives=lives,
         )
-        return self._last
 
 
 def _digest(observation: Observation) -> str:
@@ -148,10 +191,11 @@ def _digest(observation: Observation) -> str:
 
 
 def _version() -> str:
-    return str(_import_envpool().__version__)
+    return str(import_envpool().__version__)
 
 
-def _import_envpool() -> Any:
+def import_envpool() -> Any:
+    """The package, or a ConfigError that says how to get it."""
     try:
         import envpool
     except ModuleNotFoundError as error:

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from drama_jax import agent
-from drama_jax.config import RunConfig
+from drama_jax.action_space import Continuous
+from drama_jax.config import RunConfig, TaskRunConfig
 from drama_jax.envs.base import EmulatorError, Env, Observation, attempt
 from drama_jax.training import images, watch
 from drama_jax.training.checkpoint import Checkpoints, Snapshot
@@ -73,7 +74,7 @@ class Training:
 
 
 def train(
-    config: RunConfig,
+    config: RunConfig | TaskRunConfig,
     environment: Env,
     state: Any,
     key: jax.Array,
@@ -102,7 +103,7 @@ def train(
 
 
 def train_together(
-    config: RunConfig,
+    config: RunConfig | TaskRunConfig,
     members: Sequence[Member],
     state: Any,
     together: Together,
@@ -141,7 +142,7 @@ class _Loop:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: RunConfig | TaskRunConfig,
         members: Sequence[Member],
         state: Any,
         together: Together,
@@ -265,9 +266,12 @@ class _Loop:
         return list(self.threads.map(_play, environments, actions))
 
     def choose(self, step: int, frames: jax.Array, firsts: np.ndarray, act_keys: jax.Array) -> np.ndarray | jax.Array:
-        """[N] int32: random during warm-up, then from the policies. Does not wait for the device."""
+        """[N] int32, or [N, A] float32: random during warm-up, then from the policies. Does not wait for the device."""
         if step < self.config.agent.warmup_steps:
             size, seats = self.members[0].environment.num_actions, self.now.seats
+            if isinstance(size, Continuous):
+                drawn = [seat.warmup_rng.uniform(-1, 1, (1, size.size)) for seat in seats]
+                return _concatenated(drawn).astype(np.float32)
             return _concatenated([seat.warmup_rng.integers(size, size=1, dtype=np.int32) for seat in seats])
         actions, self.now.acting = self.programs.act(self.state, self.now.acting, frames, act_keys, step, firsts)
         return actions
@@ -305,7 +309,10 @@ class _Loop:
         logging, end = self.config.logging, steps_done == self.config.steps
         if end or steps_done % logging.metrics_every == 0:
             self.record_metrics(steps_done)
-        if (end or steps_done % logging.images_every == 0) and self.now.fed > self.config.agent.warmup_steps:
+        images_due = not self.config.agent.world_model.autoencoder.vector_size and (
+            end or steps_done % logging.images_every == 0
+        )
+        if images_due and self.now.fed > self.config.agent.warmup_steps:
             keys = [jax.random.fold_in(seat.image_key, steps_done) for seat in self.now.seats]
             pictures = jax.device_get(self.programs.pictures(self.state, self.together.stack(keys)))
             for index, member in enumerate(self.members):

@@ -27,7 +27,7 @@ class Pending:
     """Transitions, one per agent, that the agents have not been given yet."""
 
     rows: Row  # [N, ...]
-    frames: jax.Array  # [N, H, W, C] uint8, those of the rows, already on the device
+    frames: jax.Array  # [N, H, W, C] uint8 (or [N, O] float32), those of the rows, already on the device
 
     def arrays(self) -> tuple[Any, ...]:
         """The fields of a `replay.Transition`, [N, ...]."""

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from drama_jax import agent, replay
+from drama_jax import action_space, agent, replay
+from drama_jax.action_space import ActionSpace
 from drama_jax.config import AgentConfig
 from drama_jax.training import images
 from drama_jax.training.together import Together
@@ -20,12 +21,12 @@ def _transition(*arrays: jax.Array) -> replay.Transition:
     return replay.Transition(*(array[0] for array in arrays))
 
 
-def shapes(config: AgentConfig, num_actions: int) -> Any:
+def shapes(config: AgentConfig, num_actions: ActionSpace) -> Any:
     """What `initial_state` would return, as shapes and types."""
     return jax.eval_shape(lambda key: agent.init(key, config, num_actions), jax.random.key(0))
 
 
-def initial_state(key: jax.Array, config: AgentConfig, num_actions: int) -> Any:
+def initial_state(key: jax.Array, config: AgentConfig, num_actions: ActionSpace) -> Any:
     """`agent.init` as one compiled program; run once, so that on a CPU it is compiled fast rather than well."""
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(agent.init, static_argnums=(1, 2), compiler_options=options)(key, config, num_actions)
@@ -55,7 +56,7 @@ def _state_metrics(state: Any) -> dict[str, jax.Array]:
 
 
 class Programs:
-    """The compiled functions of a loop. Frames [N, H, W, C], actions and flags [N] become E = 1 for each agent."""
+    """The compiled functions of a loop. Frames [N, ...], actions and flags [N] become E = 1 for each agent."""
 
     def __init__(self, together: Together) -> None:
         self.act: Program = _act
@@ -71,14 +72,14 @@ class Programs:
             self.pictures = together.program(images.pictures)
 
 
-def update_bytes(config: AgentConfig, num_actions: int, together: Together) -> tuple[int, int] | None:
+def update_bytes(config: AgentConfig, num_actions: ActionSpace, together: Together) -> tuple[int, int] | None:
     """What `Programs.update` takes of each device, by the compiled program's own account; nothing is allocated.
 
     Compiles it, as the loop will call it: JAX keeps the program for that call, so that it is not compiled twice.
 
     Args:
       config: Of every agent.
-      num_actions: A of the game.
+      num_actions: A of the game, or `Continuous(A)`.
       together: How the agents lie on the devices.
 
     Returns:
@@ -91,8 +92,10 @@ def update_bytes(config: AgentConfig, num_actions: int, together: Together) -> t
         return jax.ShapeDtypeStruct((together.count, *leaf.shape), leaf.dtype, sharding=sharding)
 
     state = shapes(config, num_actions)
-    columns = [jax.ShapeDtypeStruct((together.count,), dtype) for dtype in (jnp.int32, jnp.float32, bool, bool)]
-    frame = stacked(jax.ShapeDtypeStruct(config.world_model.autoencoder.image_shape, jnp.uint8))
+    actions = jax.eval_shape(lambda: action_space.zeros(num_actions, (together.count,)))
+    columns = [actions, *(jax.ShapeDtypeStruct((together.count,), dtype) for dtype in (jnp.float32, bool, bool))]
+    autoencoder = config.world_model.autoencoder
+    frame = stacked(jax.ShapeDtypeStruct(autoencoder.frame_shape, autoencoder.frame_dtype))
     if several:
         lowered = together.lowered(_update_one, jax.tree.map(stacked, state), frame, *columns, donated=True)
     else:

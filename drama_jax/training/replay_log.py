@@ -24,8 +24,8 @@ _FOLDER = "replay"
 class Row(NamedTuple):
     """One step, with the environment axis E = 1."""
 
-    frames: np.ndarray  # [1, H, W, C] uint8
-    actions: np.ndarray  # [1] int32
+    frames: np.ndarray  # [1, H, W, C] uint8, or [1, O] float32
+    actions: np.ndarray  # [1] int32, or [1, A] float32
     rewards: np.ndarray  # [1] float32
     terminals: np.ndarray  # [1] bool
     firsts: np.ndarray  # [1] bool

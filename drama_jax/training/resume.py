@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.traverse_util
 
+from drama_jax.action_space import ActionSpace
 from drama_jax.config import ConfigError, RunConfig
 from drama_jax.training import arrays, programs, replay_log, run_directory, scores
 from drama_jax.training.checkpoint import Snapshot
@@ -197,7 +198,7 @@ def _is_kept(line: bytes, step: int, scored: bool) -> bool:
 
 
 def restored_state(
-    directory: pathlib.Path, config: RunConfig, num_actions: int, snapshot: Snapshot, segments: list[Segment]
+    directory: pathlib.Path, config: RunConfig, num_actions: ActionSpace, snapshot: Snapshot, segments: list[Segment]
 ) -> Any:
     """The `AgentState` of a checkpoint, replay included, on the default device.
 

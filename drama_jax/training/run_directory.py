@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 
-from drama_jax.config import ConfigError, RunConfig
+from drama_jax.config import ConfigError, RunConfig, TaskRunConfig
 from drama_jax.training import scores
 
 CONFIG = "config.json"
@@ -129,7 +129,19 @@ def lock(directory: pathlib.Path) -> Iterator[None]:
 
 
 def load_config(directory: pathlib.Path) -> tuple[str, RunConfig]:
-    """The game and the resolved configuration of a run, from its config.json.
+    """The game and the resolved configuration of a run of Atari, from its config.json; see `load_any_config`.
+
+    Raises:
+      ConfigError: likewise, or it is a run of something else.
+    """
+    game, config = load_any_config(directory)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{directory} is a run of {game}; this is for runs of Atari")
+    return game, config
+
+
+def load_any_config(directory: pathlib.Path) -> tuple[str, RunConfig | TaskRunConfig]:
+    """The game, or task of EnvPool, and the resolved configuration of a run, from its config.json.
 
     Raises:
       ConfigError: if `directory` is no run directory, or its configuration is not one that this version knows.
@@ -140,7 +152,8 @@ def load_config(directory: pathlib.Path) -> tuple[str, RunConfig]:
         game, values = content["game"], content["config"]
         if not isinstance(game, str):
             raise TypeError(f"game is {game!r}")
-        return game, _from_dict(RunConfig, values)
+        kind = TaskRunConfig if isinstance(values, dict) and "task" in values else RunConfig
+        return game, _from_dict(kind, values)
     except OSError as error:
         raise ConfigError(f"{directory} is no run directory: cannot read {path} ({error.strerror})") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
