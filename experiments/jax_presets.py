@@ -110,8 +110,9 @@ def _vector() -> InGraphConfig:
         ),
         batch_size=4,
         batch_length=32,
-        # Its divergence is below 1 nat from the start, and what is below the threshold learns nothing.
+        # The divergence is below 1 nat soon, and what is below the threshold learns nothing.
         free_bits=0.1,
+        free_bits_each=False,
     )
     imagination = ImaginationConfig(batch_size=48, context_length=4, horizon=15, unroll=1)
     agent = dataclasses.replace(
