@@ -162,11 +162,16 @@ SMALL = "--backbones gru --frames 3 --frames-per-update 6 --updates 20 --test-ba
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Where a study has run to its end: the errors first, the costs by a second command."""
+    """Where a study of one layer has run to its end: the errors first, the costs by a second command."""
     path = tmp_path_factory.mktemp("study")
+    gru = dataclasses.replace(preset("tiny", "gru").agent.world_model.backbone, num_layers=1)
     jax.config.update("jax_disable_most_optimizations", True)
-    for part in ("errors", "costs"):
-        assert grid_world.main([*SMALL.split(), "--seeds", "2", "--only", part, "--out", str(path)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            grid_world, "study_config", lambda options, name, frames, batch: model.StudyConfig(gru, frames, batch)
+        )
+        for part in ("errors", "costs"):
+            assert grid_world.main([*SMALL.split(), "--seeds", "2", "--only", part, "--out", str(path)]) == 0
     jax.config.update("jax_disable_most_optimizations", False)
     return path
 
@@ -180,7 +185,7 @@ def test_a_whole_study_leaves_data_tables_and_picture(out):
     first, last = np.array(errors["losses"])[:, 0], np.array(errors["losses"])[:, -1]
     assert first.shape == (2,) and (last < 0.5 * first).all() and first[0] != first[1]
     assert costs["update_ms"] > 0 and costs["update_mb"] > 1 and costs["compile_s"] > 0
-    assert costs["state_kb"] == pytest.approx(2 * 62 * 4 / 1e3)  # two layers of 62 float32
+    assert costs["state_kb"] == pytest.approx(62 * 4 / 1e3)  # one layer of 62 float32
     assert "jax" in costs["made"]["versions"] and costs["made"]["device"]
     assert "`gru`" in (out / "grid_world.md").read_text()
     assert (out / "grid_world.png").read_bytes().startswith(b"\x89PNG")
