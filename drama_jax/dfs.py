@@ -13,6 +13,8 @@ N is the number of entries (the replay's capacity).
 
 from __future__ import annotations
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from drama_jax import checks
 
 _SMALLEST = 1e-30
 """Temperatures and ratios must be positive."""
+_ONE_BLOCK = 16
+"""Most values that XLA finds on a GPU by its `TopK` kernel; for more, it sorts."""
 
 
 @flax.struct.dataclass
@@ -109,9 +113,34 @@ def sample_masked(key: jax.Array, logits: jax.Array, valid: jax.Array, num: int)
     checks.arrays("dfs.sample", logits=(logits, ("N",), "float"), valid=(valid, ("N",), "bool"))
     checks.integers("dfs.sample", 1, logits.shape[0], num=num)
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-    # XLA's GPU kernel for up to 16 values occupies one block; above, it sorts, 3.4x faster (H100, N = 100,000).
-    _, indices = jax.lax.top_k(jnp.where(valid, logits + noise, -jnp.inf), max(num, min(17, logits.shape[0])))
-    return indices[:num]
+    return largest(jnp.where(valid, logits + noise, -jnp.inf), num)
+
+
+def largest(values: jax.Array, num: int) -> jax.Array:
+    """Indices of the `num` largest of `values`, largest first and the first of equals first, as `lax.top_k` has them.
+
+    For up to 16 numbers a GPU runs `top_k` in one block, which is slow for many values; for more it sorts them all. In
+    rows of R values, the `num` largest lie in the `num` rows whose maxima are the largest, so that one block needs to
+    look at N / R values, and then at num R.
+
+    Args:
+      values: [N] numbers, none of them NaN.
+      num: How many, 1..N.
+
+    Returns:
+      [num] int32.
+    """
+    checks.arrays("dfs.largest", values=(values, ("N",), "float"))
+    checks.integers("dfs.largest", 1, values.shape[0], num=num)
+    width = 1 << round(math.log2(math.sqrt(values.shape[0] / num)))
+    rows = -(-values.shape[0] // width)
+    if num > _ONE_BLOCK or width < 4:
+        return jax.lax.top_k(values, num)[1]
+    table = jnp.pad(values, (0, rows * width - values.shape[0]), constant_values=-jnp.inf).reshape(rows, width)
+    # In their order, so that of equal values the first comes first.
+    best = jnp.sort(jax.lax.top_k(table.max(axis=1), num)[1])
+    _, chosen = jax.lax.top_k(table[best].reshape(-1), num)
+    return best[chosen // width] * width + chosen % width
 
 
 def increment(counter: jax.Array, indices: jax.Array) -> jax.Array:

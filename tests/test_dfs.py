@@ -91,6 +91,30 @@ def test_draws_are_valid_and_distinct(counts, seed, num, extra):
     assert len(set(drawn.tolist())) == num
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    size=st.sampled_from([1, 7, 64, 1000, 4097]),
+    share=st.floats(0, 1),
+    levels=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_largest_is_top_k_with_equals_in_their_order(size, share, levels, seed):
+    num = max(1, min(16, int(share * size)))
+    rng = np.random.default_rng(seed)
+    values = jnp.asarray(np.where(rng.random(size) < 0.3, -np.inf, rng.integers(levels, size=size)), jnp.float32)
+    found = jax.jit(dfs.largest, static_argnums=1)(values, num)
+    np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:num])
+
+
+@pytest.mark.parametrize(("num", "looks"), [(16, 2), (1024, 1)])
+def test_largest_looks_at_few_numbers_of_a_full_replay(num, looks):
+    values = jax.random.gumbel(jax.random.key(0), (100_000,))
+    np.testing.assert_array_equal(dfs.largest(values, num), jax.lax.top_k(values, num)[1])
+    equations = jax.make_jaxpr(lambda values: dfs.largest(values, num))(values).eqns
+    sizes = [equation.invars[0].aval.size for equation in equations if equation.primitive.name == "top_k"]
+    assert len(sizes) == looks and (looks == 1 or max(sizes) < 2_000), sizes
+
+
 def test_one_trace_serves_every_size():
     traces = []
 

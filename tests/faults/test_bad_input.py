@@ -512,6 +512,7 @@ ARRAYS = [
     (lambda s: dfs.sample(key(), ones(5), 5, 6), "dfs.sample: num must be an integer from 1 to 5, got 6"),
     (lambda s: dfs.sample(key(), ones(5, 5), 5, 2), "dfs.sample: logits must be float [N], got float32 [5, 5]"),
     (lambda s: dfs.sample_masked(key(), ones(5), bools(4), 2), "valid must be bool [N], here [5], got bool [4]"),
+    (lambda s: dfs.largest(ones(5), 6), "dfs.largest: num must be an integer from 1 to 5, got 6"),
     (lambda s: dfs.increment(ints(5), ones(2)), "dfs.increment: indices must be integer [M], got float32 [2]"),
     (lambda s: scan(x=ones(2, 5, 4)), "ssd: x must be float [B, T, H, P], got float32 [2, 5, 4]"),
     (lambda s: scan(x=[1.0]), "ssd: x must be float [B, T, H, P], got a list"),
