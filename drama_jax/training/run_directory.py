@@ -45,6 +45,7 @@ LATER = {
     "agent/behaviour/minibatch_size": 16_384,
     "agent/behaviour/clip_ratio": 0.2,
     "agent/fidelity/gradient_through_clip": True,
+    "agent/world_model/free_bits_each": False,
 }
 """Fields that run directories of older versions lack, and what those versions did."""
 _PACKAGES = ("drama_jax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "orbax-checkpoint", "envpool", "ale-py")
@@ -161,22 +162,21 @@ def load_any_config(directory: pathlib.Path) -> tuple[str, RunConfig | TaskRunCo
         raise ConfigError(f"{path} was not written by this version of drama_jax ({reason})") from error
 
 
-def _from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
+def _from_dict(kind: Any, values: Mapping[str, Any], path: str = "") -> Any:
     """The inverse of `dataclasses.asdict` after a trip through JSON, where tuples have become lists.
 
-    The fields in `LATER` may be missing.
+    `path` is where `values` lie in the run's configuration. Fields that are missing must be in `LATER`.
     """
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} is {str(values)[:40]!r}")
     types = typing.get_type_hints(kind)
-    later = {path.rpartition("/")[2] for path in LATER} & types.keys()
-    different = (types.keys() ^ values.keys()) - (later - values.keys())
-    if different:
+    values = {name: LATER[path + name] for name in types if path + name in LATER} | values
+    if different := types.keys() ^ values.keys():
         raise KeyError(f"{kind.__name__}: {', '.join(sorted(map(str, different)))}")
 
     def build(name: str, value: Any) -> Any:
         if dataclasses.is_dataclass(types[name]):
-            return _from_dict(types[name], value)
+            return _from_dict(types[name], value, f"{path}{name}/")
         return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: build(name, value) for name, value in values.items()})

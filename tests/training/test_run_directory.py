@@ -27,7 +27,7 @@ def test_it_holds_the_resolved_configuration_and_the_versions(tmp_path):
 
 
 def test_what_an_older_version_wrote_is_read_as_what_it_did(tmp_path):
-    config = preset("tiny")
+    config = _with_free_bits_of_the_mean(preset("tiny"))
     directory = run_directory.create(tmp_path, "Pong", "tiny", config)
     written = json.loads((directory / "config.json").read_text())
     for path, value in run_directory.LATER.items():
@@ -35,15 +35,23 @@ def test_what_an_older_version_wrote_is_read_as_what_it_did(tmp_path):
         part = written["config"]
         for group in groups:
             part = part[group]
-        assert part.pop(name) == value == functools.reduce(getattr, path.split("/"), RunConfig())
+        assert part.pop(name) == value == functools.reduce(getattr, path.split("/"), config)
     (directory / "config.json").write_text(json.dumps(written))
     assert run_directory.load_config(directory) == ("Pong", config)
     assert resume.check(directory, "Pong", "tiny", config) == (written["id"], {})
     same = {"agent/behaviour/name": "actor_critic", "agent/world_model/backbone/name": "mamba2"}
     assert resume.runs(tmp_path, "Pong", "tiny", config, same) == [directory]
     assert resume.runs(tmp_path, "Pong", "tiny", config, same | {"agent/behaviour/name": "ppo"}) == []
+    other = _with_free_bits_of_the_mean(preset("tiny", behaviour="ppo"))
     with pytest.raises(ConfigError, match="behaviour.name: the run in .* has actor_critic, given ppo; only steps"):
-        resume.check(directory, "Pong", "tiny", preset("tiny", behaviour="ppo"))
+        resume.check(directory, "Pong", "tiny", other)
+    with pytest.raises(ConfigError, match="free-bits-each: the run in .* has False, given True; only steps"):
+        resume.check(directory, "Pong", "tiny", preset("tiny"))
+
+
+def _with_free_bits_of_the_mean(config):
+    model = dataclasses.replace(config.agent.world_model, free_bits_each=False)
+    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, world_model=model))
 
 
 def test_two_runs_in_one_second_do_not_share_a_directory(tmp_path, monkeypatch):
