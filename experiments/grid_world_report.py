@@ -136,18 +136,18 @@ def costs_table(content: Mapping[str, Any]) -> str:
     units = {"update_ms": "update, ms", "update_mb": "memory, MB", "step_us": "one token, µs", "state_kb": "state, kB"}
     head = ["backbone"]
     for unit in units.values():
-        head += [f"{unit}, {tokens[frames]:,} tokens" for frames in lengths] + ["times"] * (len(lengths) > 1)
+        head += [unit, "times"] if len(lengths) > 1 else [unit]
     body = []
     for name in dict.fromkeys(row["backbone"] for row in part["rows"]):
         rows = {row["frames"]: row for row in part["rows"] if row["backbone"] == name}
         cells = [f"`{name}`"]
         for unit in units:
-            cells += [_short(rows[frames][unit]) if frames in rows else "" for frames in lengths]
+            cells.append(" / ".join(_short(rows[frames][unit]) if frames in rows else "-" for frames in lengths))
             if len(lengths) > 1:
                 both = lengths[0] in rows and lengths[-1] in rows
                 cells.append(f"{rows[lengths[-1]][unit] / rows[lengths[0]][unit]:.1f}" if both else "")
         body.append(cells)
-    note = f"{part['settings']['batch']} sequences at a time. "
+    note = f"{' / '.join(f'{tokens[frames]:,}' for frames in lengths)} tokens, {part['settings']['batch']} sequences. "
     if len(lengths) > 1:
         note += f"There are {longest:.0f} times as many tokens: {longest:.0f} is linear, {longest**2:.0f} quadratic. "
     note += _made(part["rows"])
@@ -195,10 +195,7 @@ def _percent(values: np.ndarray) -> str:
 def _made(rows: Sequence[Row]) -> str:
     """Where rows come from, in one sentence for each device, version and commit."""
     kinds = {(row["made"]["device"], row["made"]["versions"]["jax"], str(row["made"]["commit"])[:7]) for row in rows}
-    return (
-        "; ".join(f"made on {device}, jax {jax}, at `{commit}`" for device, jax, commit in sorted(kinds)).capitalize()
-        + "."
-    )
+    return "Made on " + "; ".join(f"{device}, jax {jax}, at `{commit}`" for device, jax, commit in sorted(kinds)) + "."
 
 
 def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
