@@ -228,7 +228,7 @@ def evaluate(this: Run, state: Any, key: jax.Array, stop: Callable[[], bool]) ->
         return []
     num_envs = min(config.evaluation.num_envs, episodes)
     with (
-        contextlib.closing(Progress(episodes, config.logging.progress, "evaluation")) as progress,
+        contextlib.closing(Progress(episodes, config.logging.progress, "evaluation", unit="episode")) as progress,
         Writer(this.directory, config.logging, say=progress.say) as writer,
         contextlib.closing(
             machine.make_environment(this.game, config, num_envs=num_envs, evaluation=True)

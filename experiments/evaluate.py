@@ -74,7 +74,9 @@ def run(options: Options) -> tuple[str, list[float], pathlib.Path]:
     with contextlib.closing(make_environment(game, config, num_envs=num_envs, evaluation=True)) as environment:
         step = checkpoint.newest(options.logdir) if options.weights is None and options.step is None else options.step
         state = saved.load(options.logdir, config, environment.num_actions, file=options.weights, step=step)
-        with contextlib.closing(Progress(options.episodes, config.logging.progress, "evaluation")) as progress:
+        with contextlib.closing(
+            Progress(options.episodes, config.logging.progress, "evaluation", unit="episode")
+        ) as progress:
             key = jax.random.key(options.seed)
             returns = evaluation.evaluate(
                 state, environment, options.episodes, key, on_episode=lambda _: progress.advance()

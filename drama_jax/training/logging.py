@@ -137,9 +137,9 @@ class Writer:
 
 
 class Progress:
-    """A progress bar on standard error: step, steps/s, time left, last return."""
+    """A progress bar on standard error: step (or another `unit`), steps/s, time left, last return."""
 
-    def __init__(self, total: int, enabled: bool, description: str, initial: int = 0) -> None:
+    def __init__(self, total: int, enabled: bool, description: str, initial: int = 0, unit: str = "step") -> None:
         self._bar: Any = None
         self._enabled = enabled
         if enabled:
@@ -148,7 +148,7 @@ class Progress:
             # A file gets a line now and then, a terminal a bar that moves.
             interval = 0.2 if sys.stderr.isatty() else 10.0
             self._bar = tqdm(
-                total=total, desc=description, unit="step", mininterval=interval, dynamic_ncols=True, initial=initial
+                total=total, desc=description, unit=unit, mininterval=interval, dynamic_ncols=True, initial=initial
             )
 
     def advance(self) -> None:
