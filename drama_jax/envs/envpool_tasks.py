@@ -218,7 +218,7 @@ def _shape(name: str, space: Any) -> tuple[int, ...]:
     shape = getattr(space, "shape", None)
     if shape is not None and len(shape) == 3 and space.dtype == np.uint8 and 3 in (shape[0], shape[-1]):
         return tuple(shape) if shape[-1] == 3 else (*shape[1:], 3)
-    if hasattr(space, "n") and space.start == 0 and space.n <= _CLASSES:
+    if getattr(space, "start", None) == 0 and space.n <= _CLASSES:
         return (int(space.n),)
     parts = list(space.spaces.values()) if hasattr(space, "spaces") else [space]
     if not all(hasattr(part, "low") and np.issubdtype(part.dtype, np.floating) for part in parts):
@@ -227,7 +227,7 @@ def _shape(name: str, space: Any) -> tuple[int, ...]:
 
 
 def _num_actions(name: str, space: Any) -> ActionSpace:
-    if hasattr(space, "n") and space.shape == () and space.start == 0:
+    if getattr(space, "start", None) == 0:
         if space.n > _MOST_ACTIONS:
             raise ConfigError(f"{name} has {space.n} actions; at most {_MOST_ACTIONS} are supported")
         return int(space.n)

@@ -156,6 +156,8 @@ def test_a_state_of_other_settings_is_refused():
         ("CheetaRun-v1", f"EnvPool {envpool.__version__} has no task 'CheetaRun-v1'; did you mean CheetahRun-v1"),
         (None, "has no task None"),
         ("Pong-v5", "Pong-v5 is Atari: python -m experiments.atari100k --game Pong"),
+        ("Taxi-v3", "Taxi-v3 shows neither a colour picture nor numbers, but Discrete(500)"),
+        ("Go9x9-v1", "Go9x9-v1 shows neither a colour picture nor numbers"),
         ("MiniGrid-Empty-5x5-v0", "MiniGrid-Empty-5x5-v0 shows neither a colour picture nor numbers, but Dict("),
     ],
 )

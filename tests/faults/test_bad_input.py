@@ -36,6 +36,7 @@ from drama_jax import (
     world_model,
 )
 from drama_jax import ssd as ssd_module
+from drama_jax.action_space import Continuous
 from drama_jax.behaviour import normalisers, ppo
 from drama_jax.config import (
     AgentConfig,
@@ -51,11 +52,13 @@ from drama_jax.config import (
     OptimizerConfig,
     ReplayConfig,
     RunConfig,
+    TaskConfig,
     WorldModelConfig,
     preset,
 )
 from drama_jax.envs import jax_env, make_atari
 from drama_jax.envs.base import check_actions, unpack_state
+from drama_jax.envs.envpool_tasks import make_task
 from drama_jax.training import checkpoint, evaluation, in_graph, programs, scores
 from experiments import atari100k, command_line
 
@@ -826,6 +829,16 @@ ARRAYS = [
         lambda s: make_atari(5, AtariConfig(), num_envs=1, image_size=16, seed=0),
         "a game's name must be a string, got 5",
     ),
+    (
+        lambda s: check_actions(np.ones((1, 2)), 1, Continuous(3)),
+        "actions must be 1 floats of shape (1, 3), got float64",
+    ),
+    (lambda s: check_actions(np.full((1, 2), 1.5), 1, Continuous(2)), "actions must lie in [-1, 1], got [[1.5, 1.5]]"),
+    (
+        lambda s: make_task("CheetahRun-v1", {}, num_envs=1, image_size=16, seed=0),
+        "config must be a TaskConfig, got a dict",
+    ),
+    (lambda s: make_task(5, TaskConfig(), num_envs=1, image_size=16, seed=0), "has no task 5"),
     (lambda s: jax_env.make("Catch-bsuite", image_size=-1), "image_size must be a positive integer, got -1"),
     (lambda s: jax_env.make(None, image_size=10), "gymnax has no environment None"),
 ]
