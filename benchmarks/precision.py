@@ -32,16 +32,17 @@ LOSSES = ("reconstruction_loss", "reward_loss", "termination_loss", "dynamics_kl
 def recorded(game: str, backend: Any, image_size: int, steps: int) -> tuple[int, dict[str, np.ndarray]]:
     """Number of actions, and `steps` steps of uniformly random play as columns of the replay."""
     environment = make_atari(game, AtariConfig(backend=backend), num_envs=1, image_size=image_size, seed=0)
-    rng, observation = np.random.default_rng(0), environment.reset()
+    rng, observation, num_actions = np.random.default_rng(0), environment.reset(), environment.num_actions
+    assert isinstance(num_actions, int)  # of Atari
     rows: list[tuple[Any, ...]] = []
     while len(rows) < steps:
-        action = rng.integers(environment.num_actions, size=1, dtype=np.int32)
+        action = rng.integers(num_actions, size=1, dtype=np.int32)
         after = environment.step(action)
         rows.append((observation.frames[0], action[0], after.rewards[0], after.terminals[0], observation.first[0]))
         observation = environment.step(action) if after.last[0] else after
     environment.close()
     names = ("frames", "actions", "rewards", "terminals", "firsts")
-    return environment.num_actions, {name: np.stack(column) for name, column in zip(names, zip(*rows))}
+    return num_actions, {name: np.stack(column) for name, column in zip(names, zip(*rows))}
 
 
 def curves(config: Any, num_actions: int, columns: dict[str, np.ndarray], updates: int, seed: int) -> dict[str, Any]:

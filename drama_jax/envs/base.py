@@ -55,9 +55,16 @@ class Env(Protocol):
     """
 
     num_envs: int
-    num_actions: ActionSpace
-    image_shape: tuple[int, ...]
-    """(H, W, C) of an image, (O,) of a vector."""
+
+    @property
+    def num_actions(self) -> ActionSpace:
+        """A, or `Continuous(A)`."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of an image, (O,) of a vector."""
+        ...
 
     def reset(self) -> Observation:
         """Starts a new episode everywhere; every row has `first` set."""

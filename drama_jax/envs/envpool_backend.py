@@ -31,6 +31,9 @@ class Pool:
       image_shape: of a frame.
     """
 
+    _pool: Any
+    _last: Observation | None
+
     def __init__(
         self,
         options: dict[str, Any],
@@ -39,7 +42,8 @@ class Pool:
         image_shape: tuple[int, ...],
     ) -> None:
         self.num_envs = int(options["num_envs"])
-        self.num_actions, self.image_shape = num_actions, image_shape
+        self.num_actions: ActionSpace = num_actions
+        self.image_shape = image_shape
         self._options, self._identity = options, identity
         # How an action is remembered.
         self._kept = np.dtype((np.float32, num_actions.size) if isinstance(num_actions, Continuous) else np.uint8)
@@ -98,10 +102,10 @@ class Pool:
 
     def _start(self) -> None:
         """New emulators, in which nothing has been played."""
-        self._pool: Any = None  # before the new one, so that there is one at a time
+        self._pool = None  # before the new one, so that there is one at a time
         self._pool = import_envpool().make(**self._options)
         self._played = bytearray()  # [calls, E] uint8, or [calls, E, A] float32
-        self._last: Observation | None = None
+        self._last = None
 
     def _keep(self, observation: Observation) -> Observation:
         self._last = observation

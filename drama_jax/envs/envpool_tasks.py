@@ -124,7 +124,7 @@ class EnvPoolTask(Pool):
     def __init__(self, task: Task, limit: int, *, num_envs: int, image_size: int, seed: int, num_threads: int) -> None:
         picture = len(task.shape) == 3
         shape = (image_size, image_size, 3) if picture else task.shape
-        self._resize = AreaResize(*task.shape[:2], image_size) if picture and shape != task.shape else None
+        self._resize = AreaResize(task.shape[0], task.shape[1], image_size) if picture and shape != task.shape else None
         identity = {
             "task": task.name,
             "num_envs": num_envs,
@@ -232,7 +232,7 @@ def _num_actions(name: str, space: Any) -> ActionSpace:
             raise ConfigError(f"{name} has {space.n} actions; at most {_MOST_ACTIONS} are supported")
         return int(space.n)
     low, high = getattr(space, "low", None), getattr(space, "high", None)
-    if low is None or len(space.shape) > 1 or not (np.isfinite(low).all() and np.isfinite(high).all()):
+    if low is None or high is None or len(space.shape) > 1 or not np.isfinite([low, high]).all():
         raise ConfigError(f"{name} takes neither one of several actions nor numbers between bounds: {_one_line(space)}")
     return Continuous(math.prod(space.shape))
 
