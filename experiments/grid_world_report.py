@@ -193,9 +193,14 @@ def _percent(values: np.ndarray) -> str:
 
 
 def _made(rows: Sequence[Row]) -> str:
-    """Where rows come from, in one sentence for each device, version and commit."""
-    kinds = {(row["made"]["device"], row["made"]["versions"]["jax"], str(row["made"]["commit"])[:7]) for row in rows}
-    return "Made on " + "; ".join(f"{device}, jax {jax}, at `{commit}`" for device, jax, commit in sorted(kinds)) + "."
+    """Where rows come from, in one sentence."""
+    kinds: dict[tuple[str, str], set[str]] = {}
+    for made in (row["made"] for row in rows):
+        kinds.setdefault((made["device"], made["versions"]["jax"]), set()).add(f"`{str(made['commit'])[:7]}`")
+    texts = (
+        f"{device}, jax {jax}, at {', '.join(sorted(commits))}" for (device, jax), commits in sorted(kinds.items())
+    )
+    return f"Made on {'; '.join(texts)}."
 
 
 def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -208,8 +213,8 @@ def draw(content: Mapping[str, Any], path: pathlib.Path) -> None:
     panels = sum({"errors": 1, "costs": 2}[part] for part in parts)
     picture = figures.import_figure()(figsize=(1.5 + 4.0 * panels, 3.8), layout="constrained")
     axes = list(np.atleast_1d(picture.subplots(1, panels)))
-    names = dict.fromkeys(row["backbone"] for part in parts for row in content[part]["rows"])
-    colour_of = {name: f"C{index}" for index, name in enumerate(names)}
+    there = {row["backbone"] for part in parts for row in content[part]["rows"]}
+    colour_of = {name: f"C{i}" for i, name in enumerate(typing.get_args(BackboneName)) if name in there}
     if "errors" in parts:
         _draw_errors(axes.pop(0), content["errors"], colour_of)
     if "costs" in parts:
@@ -237,7 +242,7 @@ def _draw_errors(axis: Any, part: Mapping[str, Any], colour_of: Mapping[str, str
     axis.set_ylim(-3, 100)
     axis.set_xlabel("frames since the cell was last shown")
     axis.set_ylabel("colour predicted wrong, %")
-    axis.legend(fontsize=6, ncol=2, loc="lower right")
+    axis.legend(fontsize=6, ncol=2, loc="best")
 
 
 def _draw_costs(axis: Any, part: Mapping[str, Any], unit: str, label: str, colour_of: Mapping[str, str]) -> None:
