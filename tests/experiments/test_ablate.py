@@ -7,18 +7,13 @@ import json
 import jax
 import numpy as np
 import pytest
+import test_jax_command
 
 from drama_jax.config import preset
 from experiments import ablate, ablation_runs
 
-MICRO = """
---compilation-cache None --agent.warmup-steps 14 --agent.acting-context 3 --agent.replay.capacity 40
---agent.world-model.autoencoder.categoricals 4 --agent.world-model.autoencoder.classes 4
---agent.world-model.head-units 8 --agent.world-model.backbone.width 16 --agent.world-model.backbone.head-dim 8
---agent.world-model.backbone.chunk-size 8 --agent.world-model.batch-size 2 --agent.world-model.batch-length 6
---agent.imagination.batch-size 4 --agent.imagination.horizon 3 --agent.behaviour.actor-units 8
---agent.behaviour.critic-units 8 --logging.metrics-every 8 --logging.no-progress
-"""
+# Environment, agent and steps of another test, so that both are one compilation.
+MICRO = " ".join(test_jax_command.ARGUMENTS[test_jax_command.ARGUMENTS.index("--compilation-cache") :])
 AGENT = preset("xs").agent
 
 
@@ -89,7 +84,8 @@ def test_table_and_interval():
 def out(tmp_path_factory):
     """Where an ablation with one variant has run to its end."""
     path = tmp_path_factory.mktemp("ablation")
-    arguments = ["--what", "autoencoder", "--seeds", "2", "--steps", "30", "--out", str(path), f"--flags={MICRO}"]
+    wanted = ["--what", "autoencoder", "--envs", test_jax_command.NAME, "--seeds", "2"]
+    arguments = [*wanted, "--steps", str(test_jax_command.STEPS), "--out", str(path), f"--flags={MICRO}"]
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         small = {"small": ["--agent.world-model.autoencoder.depths", "2", "4"]}
@@ -103,14 +99,14 @@ def out(tmp_path_factory):
 
 def test_a_whole_ablation_leaves_data_table_and_picture(out):
     (data,) = json.loads((out / "autoencoder.json").read_text())["runs"]
-    assert (data["steps"], len(data["final_returns"]), len(data["curves"])) == (30, 2, 2)
+    assert (data["steps"], len(data["final_returns"]), len(data["curves"])) == (24, 2, 2)
     assert data["parameters"] > 1000 and np.isfinite(data["reconstruction"])
     # An untrained autoencoder is grey everywhere.
     for objects, elsewhere in data["object_errors"]:
         assert 0.1 < objects < 0.5 and 0.1 < elsewhere < 0.5
     assert "| small |" in (out / "autoencoder.md").read_text()
     assert (out / "autoencoder.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(out.glob("runs/small/Catch-bsuite/tiny/seed*"))) == 2
+    assert len(list(out.glob("runs/small/Short/tiny/seed*"))) == 2
 
 
 @pytest.mark.parametrize(
