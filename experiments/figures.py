@@ -49,6 +49,7 @@ def curves(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
                 axis.axhline(score, color=colour, linewidth=1, linestyle="--", label=name.replace("_", " "))
         axis.set_title(game)
         axis.set_xlabel("agent steps")
+        axis.locator_params(axis="x", nbins=5)
         axis.legend(fontsize=6, loc="best")
     picture.savefig(path, dpi=110)
 

@@ -48,6 +48,8 @@ class Options:
     """Agent steps to play (1 step = 4 emulator frames); the pictures come from them."""
     frames: int = 8
     """Frames in reconstructions.png, spread evenly over the steps."""
+    every: int = 1
+    """imagination.png shows every so many steps."""
     seed: int = 1
     """Seed of actions and latents."""
 
@@ -76,6 +78,8 @@ def draw(options: Options) -> list[pathlib.Path]:
     least = max(options.frames, context + _DREAMT)
     if options.frames < 1 or options.steps < least:
         raise ConfigError(f"--steps {options.steps} --frames {options.frames}: at least {least} steps and 1 frame")
+    if not 1 <= options.every <= _DREAMT:
+        raise ConfigError(f"--every {options.every}: must lie in [1, {_DREAMT}]")
     play_key, latent_key, dream_key = jax.random.split(jax.random.key(options.seed), 3)
     with contextlib.closing(make_environment(game, config, num_envs=1)) as environment:
         state = saved.load(options.logdir, config, environment.num_actions, file=options.weights)
@@ -94,8 +98,11 @@ def draw(options: Options) -> list[pathlib.Path]:
     truth, dream = np.asarray(window.frames[0]) / 255, np.asarray(dream[0])
     rows = {"real": truth, "imagined": dream, "error": np.abs(truth - dream)}
     titles = ["context"] * context + [f"+{step}" for step in range(1, _DREAMT + 1)]
+    # The last frame of the context is among them, and so are +every, +2 every ...
+    columns = range((context - 1) % options.every, context + _DREAMT, options.every)
+    rows = {name: frames[np.asarray(columns)] for name, frames in rows.items()}
     paths.append(options.out / "imagination.png")
-    _save(figure, paths[1], rows, titles, context)
+    _save(figure, paths[1], rows, [titles[step] for step in columns], sum(step < context for step in columns))
     return paths
 
 

@@ -22,12 +22,12 @@ def test_the_configuration_of_a_run_comes_back(saved_run):
 @pytest.mark.usefixtures("compiled_fast")
 def test_both_pictures_show_one_column_per_frame(saved_run, tmp_path, capsys):
     out = tmp_path / "new" / "docs"
-    arguments = ["--logdir", str(saved_run[0]), "--out", str(out), "--steps", "30", "--frames", "3"]
+    arguments = ["--logdir", str(saved_run[0]), "--out", str(out), "--steps", "30", "--frames", "3", "--every", "2"]
     assert pictures.main(arguments) == 0
     assert capsys.readouterr().out.split() == [str(out / "reconstructions.png"), str(out / "imagination.png")]
     shapes = {path.name: np.asarray(Image.open(path)).shape for path in out.iterdir()}
     assert set(shapes) == {"reconstructions.png", "imagination.png"}
-    assert shapes["imagination.png"][1] > 4 * shapes["reconstructions.png"][1]  # 18 columns against 3
+    assert 2 < shapes["imagination.png"][1] / shapes["reconstructions.png"][1] < 3  # every other of 18 columns against 3
     # The real frames are in colour: the picture is not blank.
     assert len(np.unique(np.asarray(Image.open(out / "reconstructions.png")).reshape(-1, 4), axis=0)) > 20
 
@@ -60,4 +60,6 @@ def test_a_configuration_of_another_version_is_one_line(tmp_path, capsys):
 def test_too_few_steps_are_refused(saved_run, tmp_path, capsys):
     assert pictures.main(["--logdir", str(saved_run[0]), "--out", str(tmp_path / "docs"), "--steps", "3"]) == 2
     assert "--steps 3" in capsys.readouterr().err
+    assert pictures.main(["--logdir", str(saved_run[0]), "--out", str(tmp_path / "docs"), "--every", "0"]) == 2
+    assert capsys.readouterr().err == "error: --every 0: must lie in [1, 16]\n"
     assert list(tmp_path.iterdir()) == []
