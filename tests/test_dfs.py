@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from drama_jax import dfs
+from tests.tools import quick_jit
 
 SETTINGS = [("a1.0_b1.0_t10_it10", 1.0, 1.0, 10.0, 10.0), ("a0.5_b2.0_t20_it5", 0.5, 2.0, 20.0, 5.0)]
 SETTINGS += [("a0.0_b0.0_t20_it20", 0.0, 0.0, 20.0, 20.0)]
@@ -53,7 +54,7 @@ def test_logits_in_literal_cases():
 def test_temperature_may_be_traced_and_sets_the_dtype(x64):
     trained = jnp.arange(5, dtype=jnp.int32)
     for dtype in (jnp.float32, jnp.float64):
-        logits = jax.jit(dfs.training_logits)(trained, jnp.asarray(4.0, dtype))
+        logits = quick_jit(dfs.training_logits)(trained, jnp.asarray(4.0, dtype))
         assert logits.dtype == dtype
         np.testing.assert_allclose(logits, -np.arange(5) / 4)
     assert dfs.training_logits(trained, 4.0).dtype == jnp.float64
@@ -70,7 +71,7 @@ def test_huge_counters_give_a_valid_draw():
 
 @functools.cache
 def _sampler(num):
-    return jax.jit(functools.partial(dfs.sample, num=num))
+    return quick_jit(functools.partial(dfs.sample, num=num))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -102,7 +103,7 @@ def test_largest_is_top_k_with_equals_in_their_order(size, share, levels, seed):
     num = max(1, min(16, int(share * size)))
     rng = np.random.default_rng(seed)
     values = jnp.asarray(np.where(rng.random(size) < 0.3, -np.inf, rng.integers(levels, size=size)), jnp.float32)
-    found = jax.jit(dfs.largest, static_argnums=1)(values, num)
+    found = quick_jit(dfs.largest, static_argnums=1)(values, num)
     np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:num])
 
 

@@ -118,7 +118,7 @@ def test_three_updates_golden(x64, golden):
     state = _initial(vectors, config, jnp.float64)
     start = {**state.params, "slow_critic": state.slow_critic}
 
-    @jax.jit
+    @quick_jit
     def step(state, batch):
         # The released code moves the input statistics when it samples actions, too.
         before = state.replace(normaliser=normalisers.update(state.normaliser, batch[0][:, :-1]))
@@ -183,7 +183,7 @@ def test_optimizer_float32_golden(golden):
         _check_trees(delta, _networks(vectors, f"step{step}/delta/", jnp.float32, ("actor", "critic")), rtol=2e-6)
 
 
-@functools.partial(jax.jit, static_argnames=("rollouts",))
+@functools.partial(quick_jit, static_argnames=("rollouts",))
 def _tiny_batch(key, rollouts=32, horizon=5, features=6, actions=3):
     keys = jax.random.split(key, 4)
     return (
@@ -232,7 +232,7 @@ alone = quick_jit(_override)
 def test_update_vmaps_over_seeds_and_overrides():
     keys = jax.random.split(jax.random.key(0), 3)
     overrides = (jnp.asarray([1e-3, 1e-2, 1e-2]), jnp.asarray([0.0, 0.0, 0.3]))
-    batches = jax.vmap(_tiny_batch)(keys)
+    batches = quick_jit(jax.vmap(_tiny_batch.__wrapped__))(keys)
     singles = [init(key, TINY, 6, 3) for key in keys]
     states = jax.tree.map(lambda *x: jnp.stack(x), *singles)
     batched = quick_jit(jax.vmap(_override))

@@ -61,7 +61,7 @@ def test_frames_are_enlarged_by_whole_factors_and_centred():
 
 def test_an_episode_end_keeps_its_reward_and_flags_the_next_frame():
     env = JaxEnv(_Corridor(), None, 6)
-    step = jax.jit(env.step)
+    step = quick_jit(env.step)
     state = env.reset(jax.random.key(0))
     assert bool(state.first)
     trace = []
