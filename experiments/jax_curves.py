@@ -118,6 +118,24 @@ def write(results: Mapping[str, Any], data: pathlib.Path | None, picture: pathli
         raise ConfigError(f"{error.filename}: cannot be written ({error.strerror})") from error
 
 
+def mean_curve(steps: np.ndarray, curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over the seeds, from where to where all have one: a mean over other seeds at every point would mislead.
+
+    Args:
+      steps: [P], where the points are.
+      curves: [seeds, P], NaN where no episode of a seed ended: there it is on the line between its neighbours.
+
+    Returns:
+      steps and means of the points that there are.
+    """
+    known = [np.flatnonzero(np.isfinite(curve)) for curve in curves]
+    if not all(len(points) for points in known):
+        return steps[:0], steps[:0]
+    within = slice(max(points[0] for points in known), min(points[-1] for points in known) + 1)
+    lines = [np.interp(steps, steps[points], curve[points]) for points, curve in zip(known, curves)]
+    return steps[within], np.mean(lines, axis=0)[within]
+
+
 def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
     """Return against agent steps: a thin line per seed, their mean, and the level of random play.
 
@@ -130,8 +148,7 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
     curves = np.asarray(results["curves"], np.float64)  # null becomes NaN
     for curve in curves:
         axis.plot(steps[np.isfinite(curve)], curve[np.isfinite(curve)], color="tab:blue", linewidth=0.7, alpha=0.5)
-    known = np.isfinite(curves).all(axis=0)  # a mean over other seeds at every point would mislead
-    axis.plot(steps[known], curves[:, known].mean(axis=0), color="tab:blue", linewidth=2, label="mean of the seeds")
+    axis.plot(*mean_curve(steps, curves), color="tab:blue", linewidth=2, label="mean of the seeds")
     random = [value for value in results["random_returns"] if value is not None]
     if random:
         axis.axhline(float(np.mean(random)), color="0.6", linestyle="--", linewidth=1, label="random")

@@ -220,6 +220,13 @@ def test_the_table_has_every_seed_the_mean_and_its_standard_error(logdir):
     ]
 
 
+def test_the_mean_curve_bridges_gaps_and_ends_where_a_seed_does():
+    nan, steps = np.nan, np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    where, mean = jax_curves.mean_curve(steps, np.array([[nan, 0, nan, 4, 4], [6, 6, 6, 6, nan]]))
+    assert where.tolist() == [2, 3, 4] and mean.tolist() == [3, 4, 5]
+    assert [part.size for part in jax_curves.mean_curve(steps, np.array([[1.0] * 5, [nan] * 5]))] == [0, 0]
+
+
 AE = "--agent.world-model.autoencoder"
 WRONG = [
     ("", "--env is missing; name a JAX environment, for example --env Catch-bsuite"),
