@@ -268,7 +268,7 @@ def test_step_equals_scan_and_keeps_the_state_dtype():
     inputs = _jax(_random(7, groups=2, dtype=np.float32))
     y, final = _ssd(inputs, implementation="reference")
     state = inputs["initial_state"]
-    step = jax.jit(ssd_step)
+    step = quick_jit(ssd_step)
     for t in range(13):
         now = [inputs[name][:, t] for name in ("x", "dt")]
         y_t, state = step(state, *now, inputs["A"], inputs["B"][:, t], inputs["C"][:, t], D=inputs["D"])
