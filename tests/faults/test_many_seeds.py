@@ -250,7 +250,7 @@ def test_runs_at_different_steps_are_refused_and_left_as_they_are(tmp_path, monk
 
 def test_four_devices_give_what_one_gives(whole, tmp_path):
     """In a process of its own, because a CPU is divided into devices when JAX starts."""
-    process = started(tmp_path, "--seeds 2", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    process = started(tmp_path, "--seeds 2", JAX_NUM_CPU_DEVICES="4")
     output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output
     for seed, run in runs(tmp_path).items():
