@@ -27,7 +27,7 @@ def test_both_pictures_show_one_column_per_frame(saved_run, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(out / "reconstructions.png"), str(out / "imagination.png")]
     shapes = {path.name: np.asarray(Image.open(path)).shape for path in out.iterdir()}
     assert set(shapes) == {"reconstructions.png", "imagination.png"}
-    assert 2 < shapes["imagination.png"][1] / shapes["reconstructions.png"][1] < 3  # every other of 18 columns against 3
+    assert 2 < shapes["imagination.png"][1] / shapes["reconstructions.png"][1] < 3  # 9 columns against 3
     # The real frames are in colour: the picture is not blank.
     assert len(np.unique(np.asarray(Image.open(out / "reconstructions.png")).reshape(-1, 4), axis=0)) > 20
 
