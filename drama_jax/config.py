@@ -285,8 +285,8 @@ class WorldModelConfig:
     free_bits: float = 1.0
     """Nats below which the KL, summed over the categoricals, is not penalised."""
     free_bits_each: bool = True
-    """Compare each step's KL with `free_bits`. The released code (`reference`) compares their mean: where most steps are
-    easy to predict the mean is below it, and no step has a gradient, however wrong."""
+    """Compare each step's KL with `free_bits`. The released code (`reference`) compares their mean: once most steps are
+    easy to predict it is lower, and no step has a gradient, however wrong."""
     dynamics_scale: float = 1.0
     representation_scale: float = 0.1
     compute_dtype: ComputeDtype = "auto"
