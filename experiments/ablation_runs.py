@@ -81,8 +81,10 @@ def check(plan: Plan) -> None:
     """Raises a ConfigError if the command would; begins nothing."""
     if plan.atari:
         command_line.plan(*command_line.parse(list(plan.arguments), _PROGRAM))
-    else:
-        jax_presets.parse(plan.arguments)
+        return
+    _, config, _ = jax_presets.parse(plan.arguments)
+    if plan.objects and config.agent.world_model.autoencoder.vector_size:
+        raise ConfigError(f"--envs {plan.name}: it shows vectors, and no objects; name one that shows a board")
 
 
 def run(plan: Plan, stop: Callable[[], bool]) -> Result | None:

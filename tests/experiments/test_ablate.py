@@ -115,6 +115,7 @@ def test_a_whole_ablation_leaves_data_table_and_picture(out):
         ("--what taste", "--what"),
         ("--what sampler --seeds 0", "--seeds must be at least 1, got 0"),
         ("--what sampler --envs Katch", "gymnax has no environment 'Katch'"),
+        ("--what autoencoder --envs CartPole-v1", "--envs CartPole-v1: it shows vectors, and no objects"),
         ("--what sampler --envs Catch-bsuite --game Pong", "--game and --envs exclude each other"),
         ("--what sampler --game Pong --preset medium", "unknown preset 'medium'"),
         ("--what sampler --flags=--agent.tau=3", "--agent.tau"),
