@@ -112,7 +112,7 @@ def _vector() -> InGraphConfig:
         ),
         batch_size=4,
         batch_length=32,
-        # The divergence is below 1 nat soon, and what is below the threshold learns nothing.
+        # What is below the threshold learns nothing, and the divergence of so small a latent is below 1 nat soon.
         free_bits=0.1,
     )
     imagination = ImaginationConfig(batch_size=48, context_length=4, horizon=15, unroll=1)
