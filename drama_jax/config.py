@@ -510,15 +510,14 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """One training run."""
+class AnyRunConfig:
+    """One training run, whatever its environment."""
 
     agent: AgentConfig = field(default_factory=AgentConfig)
-    atari: AtariConfig = field(default_factory=AtariConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     steps: int = 100_000
-    """Agent steps (100,000 steps = 400,000 frames)."""
+    """Agent steps (of Atari, 100,000 steps = 400,000 frames)."""
     max_skipped_updates: int = 50
     """Updates in a row that may be skipped because loss or gradient was not finite before the run stops."""
     seed: int = 0
@@ -529,6 +528,16 @@ class RunConfig:
         _positive(self, "max_skipped_updates")
         # Environments add small numbers to it, for int32 seeds of their own.
         _require(0 <= self.seed <= 2_000_000_000, f"seed must lie in [0, 2000000000], got {self.seed}")
+
+
+@dataclass(frozen=True)
+class RunConfig(AnyRunConfig):
+    """One training run on Atari."""
+
+    atari: AtariConfig = field(default_factory=AtariConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             self.agent.world_model.autoencoder.image_channels == 3,
             f"agent.world_model.autoencoder.image_channels must be 3 for Atari, got "
@@ -542,22 +551,10 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class TaskRunConfig:
-    """One training run on an environment of EnvPool that is not Atari; the fields are those of `RunConfig`."""
+class TaskRunConfig(AnyRunConfig):
+    """One training run on an environment of EnvPool that is not Atari."""
 
-    agent: AgentConfig = field(default_factory=AgentConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    steps: int = 100_000
-    max_skipped_updates: int = 50
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.steps >= 0, f"steps must be >= 0, got {self.steps}")
-        _positive(self, "max_skipped_updates")
-        _require(0 <= self.seed <= 2_000_000_000, f"seed must lie in [0, 2000000000], got {self.seed}")
 
 
 def _tiny() -> RunConfig:

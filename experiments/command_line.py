@@ -330,10 +330,10 @@ def _resolve(options: AllOptions, base: RunConfig) -> RunConfig:
     if options.eval_episodes != base.evaluation.episodes:
         evaluation = dataclasses.replace(evaluation, episodes=options.eval_episodes)
     return RunConfig(
-        agent,
-        atari,
-        evaluation,
-        options.logging,
+        agent=agent,
+        atari=atari,
+        evaluation=evaluation,
+        logging=options.logging,
         steps=options.steps,
         max_skipped_updates=options.max_skipped_updates,
         seed=options.seed,

@@ -164,10 +164,10 @@ def _resolve(options: AllOptions, base: TaskRunConfig) -> TaskRunConfig:
     if options.eval_episodes != base.evaluation.episodes:
         evaluation = dataclasses.replace(evaluation, episodes=options.eval_episodes)
     return TaskRunConfig(
-        agent,
-        options.task_rules,
-        evaluation,
-        options.logging,
+        agent=agent,
+        task=options.task_rules,
+        evaluation=evaluation,
+        logging=options.logging,
         steps=options.steps,
         max_skipped_updates=options.max_skipped_updates,
         seed=options.seed,

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from drama_jax.action_space import ActionSpace
-from drama_jax.config import ConfigError, RunConfig, TaskRunConfig
+from drama_jax.config import AnyRunConfig, ConfigError
 from drama_jax.training import checkpoint, programs, weights
 
 
 def load(
     logdir: pathlib.Path,
-    config: RunConfig | TaskRunConfig,
+    config: AnyRunConfig,
     num_actions: ActionSpace,
     *,
     file: pathlib.Path | None = None,

@@ -23,7 +23,7 @@ import numpy as np
 
 from drama_jax import agent
 from drama_jax.action_space import Continuous
-from drama_jax.config import RunConfig, TaskRunConfig
+from drama_jax.config import AnyRunConfig
 from drama_jax.envs.base import EmulatorError, Env, Observation, attempt
 from drama_jax.training import images, watch
 from drama_jax.training.checkpoint import Checkpoints, Snapshot
@@ -74,7 +74,7 @@ class Training:
 
 
 def train(
-    config: RunConfig | TaskRunConfig,
+    config: AnyRunConfig,
     environment: Env,
     state: Any,
     key: jax.Array,
@@ -103,7 +103,7 @@ def train(
 
 
 def train_together(
-    config: RunConfig | TaskRunConfig,
+    config: AnyRunConfig,
     members: Sequence[Member],
     state: Any,
     together: Together,
@@ -142,7 +142,7 @@ class _Loop:
 
     def __init__(
         self,
-        config: RunConfig | TaskRunConfig,
+        config: AnyRunConfig,
         members: Sequence[Member],
         state: Any,
         together: Together,
