@@ -249,7 +249,13 @@ def test_overrides_equal_the_configuration():
     state = init(jax.random.key(0), TINY, 6, 3)
     batch = _tiny_batch(jax.random.key(1))
     expected = update(TINY, PAPER, state, *batch)
-    chex.assert_trees_all_close(alone(state, batch, jnp.asarray(1e-2), jnp.asarray(3e-4)), expected, rtol=1e-6)
+    actual = alone(state, batch, jnp.asarray(1e-2), jnp.asarray(3e-4))
+
+    def close(actual, expected):
+        # Of an array's scale: two programs round a gradient that cancels out, and its square, differently.
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+    jax.tree.map(close, actual, expected)
 
 
 def test_update_learns_a_bandit():
