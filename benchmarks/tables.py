@@ -211,6 +211,17 @@ def devices(rows: Rows) -> str:
     return table(["devices", "seeds", "step of all, ms", "steps/s, all seeds", "times one device's", "bar"], body)
 
 
+def on_device(*files: Rows) -> str:
+    """Whole runs on the device, of every kind of device that was measured."""
+    head = ["environment", "preset", "seeds", "on", "step of all, ms", "steps/s, all seeds", "first chunk, s"]
+    body = []
+    for row in (row for rows in files for row in rows):
+        device = f"{row['cores']} cores, {row['cpu']}" if row["steps_per_cpu_s"] is not None else CARD
+        cells = [row["env"], row["preset"], str(row["seeds"]), device, number(row["ms_per_step"], 1)]
+        body.append([*cells, number(row["steps_per_s"], 0), number(row["first_chunk_s"], 0)])
+    return table(head, body)
+
+
 TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "update_step": (stages, [f"update_step-{CARD}"]),
     "profile_step": (profile, [f"profile_step-{CARD}"]),
@@ -224,6 +235,7 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "reproducibility": (reproducibility, [f"reproducibility-xs-{CARD}"]),
     "multi_seed": (seeds, [f"multi_seed-{preset}-{CARD}" for preset in multi_seed.SEEDS]),
     "multi_device": (devices, [f"multi_device-xs-{CARD}"]),
+    "jax_env": (on_device, ["jax_env-cpu", f"jax_env-{CARD}"]),
 }
 
 

@@ -242,7 +242,7 @@ def _draw_errors(axis: Any, part: Mapping[str, Any], colour_of: Mapping[str, str
     axis.set_ylim(-3, 100)
     axis.set_xlabel("frames since the cell was last shown")
     axis.set_ylabel("colour predicted wrong, %")
-    axis.legend(fontsize=6, ncol=2, loc="best")
+    axis.legend(fontsize=6, ncol=2, loc="lower right")
 
 
 def _draw_costs(axis: Any, part: Mapping[str, Any], unit: str, label: str, colour_of: Mapping[str, str]) -> None:
