@@ -18,6 +18,7 @@ import tyro
 
 from drama_jax.config import (
     AgentConfig,
+    AnyRunConfig,
     AtariConfig,
     BackboneName,
     BehaviourName,
@@ -321,23 +322,26 @@ def _parse(kind: type[Parsed], arguments: Sequence[str], **how: Any) -> Parsed:
 
 
 def _resolve(options: AllOptions, base: RunConfig) -> RunConfig:
-    """A plain flag that differs from the preset wins over its dotted twin."""
-    agent, atari, evaluation = options.agent, options.atari, options.evaluation
-    if options.sampler != base.agent.replay.sampler:
-        agent = dataclasses.replace(agent, replay=dataclasses.replace(agent.replay, sampler=options.sampler))
+    atari = options.atari
     if options.env_backend != base.atari.backend:
         atari = dataclasses.replace(atari, backend=options.env_backend)
+    return RunConfig(atari=atari, **resolve_common(options, base))
+
+
+def resolve_common(options: Any, base: AnyRunConfig) -> dict[str, Any]:
+    """The fields that every run has; a plain flag that differs from the preset's value wins over its dotted twin.
+
+    Args:
+      options: What was parsed, of Atari or of EnvPool's other tasks.
+      base: The preset.
+    """
+    agent, evaluation = options.agent, options.evaluation
+    if options.sampler != base.agent.replay.sampler:
+        agent = dataclasses.replace(agent, replay=dataclasses.replace(agent.replay, sampler=options.sampler))
     if options.eval_episodes != base.evaluation.episodes:
         evaluation = dataclasses.replace(evaluation, episodes=options.eval_episodes)
-    return RunConfig(
-        agent=agent,
-        atari=atari,
-        evaluation=evaluation,
-        logging=options.logging,
-        steps=options.steps,
-        max_skipped_updates=options.max_skipped_updates,
-        seed=options.seed,
-    )
+    same = {name: getattr(options, name) for name in ("logging", "steps", "max_skipped_updates", "seed")}
+    return {"agent": agent, "evaluation": evaluation} | same
 
 
 def _one_line(box: str) -> str:

@@ -117,7 +117,8 @@ def parse(arguments: Sequence[str]) -> tuple[AllOptions, list[TaskRunConfig]]:
         raise ConfigError(f"--seeds must be an integer from 1 to {_MOST_SEEDS}, got {options.seeds}")
     try:
         seeds = range(options.seed, options.seed + options.seeds)
-        configs = [dataclasses.replace(_resolve(options, base), seed=seed) for seed in seeds]
+        config = TaskRunConfig(task=options.task_rules, **command_line.resolve_common(options, base))
+        configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     except ConfigError as error:
         raise ConfigError(command_line.with_flags(str(error)).replace("TaskRunConfig.", "")) from None
     _check(task, configs[0])
@@ -154,24 +155,6 @@ def _fitted(name: str, backbone: BackboneName, behaviour: BehaviourName, shape: 
 def _task_run(base: RunConfig, agent: AgentConfig) -> TaskRunConfig:
     evaluation = dataclasses.replace(base.evaluation, max_episode_steps=EvaluationConfig().max_episode_steps)
     return TaskRunConfig(agent=agent, evaluation=evaluation, logging=base.logging, steps=base.steps)
-
-
-def _resolve(options: AllOptions, base: TaskRunConfig) -> TaskRunConfig:
-    """A plain flag that differs from the preset wins over its dotted twin."""
-    agent, evaluation = options.agent, options.evaluation
-    if options.sampler != base.agent.replay.sampler:
-        agent = dataclasses.replace(agent, replay=dataclasses.replace(agent.replay, sampler=options.sampler))
-    if options.eval_episodes != base.evaluation.episodes:
-        evaluation = dataclasses.replace(evaluation, episodes=options.eval_episodes)
-    return TaskRunConfig(
-        agent=agent,
-        task=options.task_rules,
-        evaluation=evaluation,
-        logging=options.logging,
-        steps=options.steps,
-        max_skipped_updates=options.max_skipped_updates,
-        seed=options.seed,
-    )
 
 
 def _check(task: Task, config: TaskRunConfig) -> None:
