@@ -1,17 +1,28 @@
-"""What the seeds of `experiments.jax_env` come to: a table of final returns, learning curves, and their data."""
+"""What the seeds of `experiments.jax_env` come to: a table of final returns, learning curves, and their data.
+
+    python -m experiments.jax_curves --data experiments/results/jax_env/Catch-bsuite.json --picture docs/catch.png
+
+measures random play anew, writes it into the data and draws them again; nothing is trained.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from drama_jax.config import ConfigError
+from drama_jax.envs import jax_env
+from drama_jax.envs.jax_env import JaxEnv
+from drama_jax.training import random_play as random_episodes
 from drama_jax.training import scores
 from experiments import figures
 from experiments.tables import markdown_table, standard_error
@@ -20,6 +31,9 @@ LAST = 10
 """The final return is the mean over the episodes that end in the last 1 / LAST of the steps."""
 _POINTS = 40
 """Points of a curve: means over as many equal parts of the run."""
+_RANDOM = 1_000_003
+"""Folded into a seed's key for random play."""
+_MOST_RANDOM = 10_000
 
 
 def check(*paths: pathlib.Path | None) -> None:
@@ -54,7 +68,7 @@ def collect(directories: Sequence[pathlib.Path]) -> dict[str, Any]:
             configs.append(json.loads((directory / "config.json").read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{directory} is no finished run ({error})") from error
-    steps, warmup = runs[0]["steps"], configs[0]["config"]["agent"]["warmup_steps"]
+    steps = runs[0]["steps"]
     edges = np.linspace(0, steps, _POINTS + 1)
     return {
         "env": runs[0]["env"],
@@ -62,7 +76,6 @@ def collect(directories: Sequence[pathlib.Path]) -> dict[str, Any]:
         "steps": steps,
         "seeds": [run["seed"] for run in runs],
         "final_returns": [mean_between(run["training_returns"], steps - steps / LAST, steps) for run in runs],
-        "random_returns": [mean_between(run["training_returns"], 0, min(warmup, steps)) for run in runs],
         "wall_clock_s": round(max(run["wall_clock_s"] for run in runs), 1),
         "device": runs[0]["device"],
         "commit": runs[0]["commit"],
@@ -76,6 +89,16 @@ def collect(directories: Sequence[pathlib.Path]) -> dict[str, Any]:
     }
 
 
+def random_play(env: JaxEnv, seeds: Sequence[int], episodes: int) -> dict[str, Any]:
+    """What belongs into the data of random play: for each seed the mean return of `episodes` whole episodes."""
+    means = []
+    for seed in seeds if episodes else ():
+        # Not the run's own key: its environment would play the run's first episode among these.
+        key = jax.random.fold_in(jax.random.key(seed), _RANDOM)
+        means.append(round(float(random_episodes.play(env, key, episodes=episodes)[0].mean()), 4))
+    return {"random_episodes": episodes, "random_returns": means}
+
+
 def mean_between(returns: Sequence[tuple[int, float]], after: float, until: float) -> float | None:
     """Mean return of the episodes that end after step `after`, up to `until`; None if there is none."""
     values = [value for step, value in returns if after < step <= until]
@@ -84,13 +107,12 @@ def mean_between(returns: Sequence[tuple[int, float]], after: float, until: floa
 
 def table(results: Mapping[str, Any]) -> str:
     """Final return of each seed, and their mean with its standard error."""
-    last = f"return, last {results['steps'] // LAST:,} steps"
-    body = [
-        [f"seed {seed}", _number(random), _number(final)]
-        for seed, random, final in zip(results["seeds"], results["random_returns"], results["final_returns"])
-    ]
-    body.append(["mean ± standard error", *(_summary(results[name]) for name in ("random_returns", "final_returns"))])
-    return markdown_table([f"{results['env']}, {results['steps']:,} steps", "random warm-up", last], body)
+    columns = {f"return, last {results['steps'] // LAST:,} steps": results["final_returns"]}
+    if results["random_returns"]:
+        columns = {f"random, {results['random_episodes']} episodes": results["random_returns"]} | columns
+    body = [[f"seed {seed}", *map(_number, row)] for seed, *row in zip(results["seeds"], *columns.values())]
+    body.append(["mean ± standard error", *map(_summary, columns.values())])
+    return markdown_table([f"{results['env']}, {results['steps']:,} steps", *columns], body)
 
 
 def _number(value: float | None) -> str:
@@ -149,11 +171,47 @@ def draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
     for curve in curves:
         axis.plot(steps[np.isfinite(curve)], curve[np.isfinite(curve)], color="tab:blue", linewidth=0.7, alpha=0.5)
     axis.plot(*mean_curve(steps, curves), color="tab:blue", linewidth=2, label="mean of the seeds")
-    random = [value for value in results["random_returns"] if value is not None]
-    if random:
-        axis.axhline(float(np.mean(random)), color="0.6", linestyle="--", linewidth=1, label="random")
+    if results["random_returns"]:
+        axis.axhline(
+            float(np.mean(results["random_returns"])), color="0.6", linestyle="--", linewidth=1, label="random"
+        )
     axis.set_title(f"{results['env']}, preset {results['preset']}, {len(curves)} seeds")
     axis.set_xlabel("agent steps")
     axis.set_ylabel("return of an episode")
     axis.legend(fontsize=8)
     picture.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures random play anew for data that there are, and draws them again; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.jax_curves", description=main.__doc__)
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="JSON of experiments.jax_env, renewed")
+    parser.add_argument("--picture", type=pathlib.Path, help="PNG of the learning curves (needs matplotlib)")
+    parser.add_argument("--random-episodes", type=int, default=100, help="whole episodes for each seed; 0 for none")
+    options = parser.parse_args(arguments)
+    try:
+        check(options.data, options.picture)
+        check_random_episodes(options.random_episodes)
+        try:
+            results = json.loads(options.data.read_text(encoding="utf-8"))
+            name, seeds = results["env"], results["seeds"]
+            size = results["config"]["agent"]["world_model"]["autoencoder"]["image_size"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--data {options.data} is no file of experiments.jax_env ({error})") from error
+        results |= random_play(jax_env.make(name, size), seeds, options.random_episodes)
+        print(table(results))
+        write(results, options.data, options.picture)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check_random_episodes(episodes: int) -> None:
+    """Raises a ConfigError if so many cannot be played side by side."""
+    if not 0 <= episodes <= _MOST_RANDOM:
+        raise ConfigError(f"--random-episodes must be an integer from 0 to {_MOST_RANDOM}, got {episodes}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

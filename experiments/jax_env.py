@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("stopped; the same command continues", flush=True)
             return 0
         results = jax_curves.collect(directories)
+        results |= jax_curves.random_play(env, results["seeds"], options.random_episodes)
         print(jax_curves.table(results))
         jax_curves.write(results, options.data, options.picture)
     except (ConfigError, Failed) as error:
@@ -79,6 +80,7 @@ def run(
       Failed: if updates were not finite, or a last checkpoint could not be saved.
     """
     jax_curves.check(options.data, options.picture)
+    jax_curves.check_random_episodes(options.random_episodes)
     run_directory.check(options.logdir)
     # Of a command's options, and of a run's configuration, `runs` looks only at what these have in common with ours.
     wanted = cast(Any, types.SimpleNamespace(**vars(options), distributed=command_line.Distributed()))

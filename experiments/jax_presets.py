@@ -176,6 +176,8 @@ class Options:
     """PNG of the learning curves of all seeds (needs matplotlib)."""
     data: pathlib.Path | None
     """JSON of the same."""
+    random_episodes: int
+    """Whole episodes of uniformly random actions that each seed is compared with; 0 for none."""
     compilation_cache: pathlib.Path | None
     """Where compiled programs are kept for the next run; None to keep none."""
     resume: bool
@@ -284,6 +286,7 @@ def _defaults(kind: type[Any], preset: str, base: InGraphConfig) -> Any:
         "logdir": pathlib.Path("runs"),
         "picture": None,
         "data": None,
+        "random_episodes": 100,
         "compilation_cache": command_line.compilation_cache(),
         "resume": True,
         "agent": base.agent,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gymnax.environments import spaces
 from gymnax.environments.bsuite.catch import Catch
 
 from drama_jax import agent
@@ -19,7 +20,7 @@ from drama_jax.action_space import Continuous
 from drama_jax.config import ConfigError
 from drama_jax.envs import jax_env as environments
 from drama_jax.replay import Transition
-from drama_jax.training import checkpoint, in_graph, resume
+from drama_jax.training import checkpoint, in_graph, random_play, resume
 from experiments import jax_curves, jax_env, jax_presets
 from tests.tools import quick_jit
 
@@ -43,7 +44,7 @@ ARGUMENTS = f"""
 --agent.world-model.head-units 8 --agent.world-model.backbone.width 16 --agent.world-model.backbone.head-dim 8
 --agent.world-model.backbone.chunk-size 8 --agent.imagination.batch-size 4 --agent.imagination.horizon 3
 --agent.behaviour.actor-units 8 --agent.behaviour.critic-units 8
---logging.metrics-every 5 --logging.no-progress
+--logging.metrics-every 5 --logging.no-progress --random-episodes 3
 """.split()
 
 
@@ -210,14 +211,57 @@ def test_the_table_has_every_seed_the_mean_and_its_standard_error(logdir):
     assert results["seeds"] == [3, 4] and results["steps"] == STEPS and results["env"] == NAME
     assert (logdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(results["curves"]) == 2 and len(results["curves"][0]) == len(results["curve_steps"])
-    results |= {"random_returns": [-1.0, None], "final_returns": [0.5, 1.0], "env": "Catch-bsuite"}
+    assert results["random_episodes"] == 3 and results["random_returns"] == [0, 0]  # the ball never lands
+    results |= {"random_returns": [-1.0, -0.5], "final_returns": [0.5, None], "env": "Catch-bsuite"}
     assert jax_curves.table(results).splitlines() == [
-        "| Catch-bsuite, 24 steps | random warm-up | return, last 2 steps |",
+        "| Catch-bsuite, 24 steps | random, 3 episodes | return, last 2 steps |",
         "| --- | ---: | ---: |",
         "| seed 3 | -1.00 | 0.50 |",
-        "| seed 4 |  | 1.00 |",
-        "| mean ± standard error | -1.00 | 0.75 ± 0.25 |",
+        "| seed 4 | -0.50 |  |",
+        "| mean ± standard error | -0.75 ± 0.25 | 0.50 |",
     ]
+    assert jax_curves.table(results | {"random_returns": []}).splitlines()[2] == "| seed 3 | 0.50 |"
+
+
+class Lengths:
+    """Episodes of 1 to 4 steps, as likely as each other; the reward is the action, 0 or 1."""
+
+    num_actions, default_params = 2, None
+
+    def observation_space(self, params):
+        return spaces.Box(0, 1, (1,))
+
+    def reset(self, key, params):
+        return jnp.zeros(1, jnp.float32), jax.random.randint(key, (), 1, 5)
+
+    def step(self, key, left, action, params):
+        last = left == 1
+        _, fresh = self.reset(key, params)
+        return jnp.zeros(1), jnp.where(last, fresh, left - 1), action.astype(jnp.float32), last, False, {}
+
+
+def test_random_play_is_of_whole_episodes_whatever_their_length(tmp_path, capsys):
+    env = environments.JaxEnv(Lengths(), None, 1)
+    returns, lengths = random_play.play(env, jax.random.key(0), episodes=2000)
+    np.testing.assert_allclose(np.bincount(lengths)[1:], 500, atol=4 * np.sqrt(2000 * 3 / 16))  # deviations
+    ones = [np.mean(np.asarray(returns)[np.asarray(lengths) == 4] == count) for count in range(5)]
+    np.testing.assert_allclose(ones, np.array([1, 4, 6, 4, 1]) / 16, atol=4 * np.sqrt(1 / 4 / 500))
+    _, lengths = random_play.play(env, jax.random.key(0), episodes=50, most_steps=2)
+    assert set(lengths.tolist()) == {1, 2}
+
+    model = {"agent": {"world_model": {"autoencoder": {"image_size": 1}}}}
+    results = {"env": f"{__name__}:Lengths", "steps": 10, "seeds": [3, 4], "final_returns": [2, 3], "config": model}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(results))
+    assert jax_curves.main(["--data", str(path), "--random-episodes", "50"]) == 0
+    found = json.loads(path.read_text())
+    assert found.pop("random_episodes") == 50 and results.items() <= found.items()
+    one, two = found["random_returns"]
+    assert one != two and 0.75 < one < 1.75 and 0.75 < two < 1.75  # 1.25 in the mean
+    assert f"| seed 3 | {one:.2f} | 2.00 |" in capsys.readouterr().out
+    path.write_text("[]")
+    assert jax_curves.main(["--data", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --data {path} is no file of experiments.jax_env (")
 
 
 def test_the_mean_curve_bridges_gaps_and_ends_where_a_seed_does():
@@ -241,6 +285,7 @@ WRONG = [
     ("--env Catch-bsuite --seed -1", "--seed must lie in [0, 2000000000], got -1"),
     ("--env Catch-bsuite --steps 0", "--steps must be an integer from 1 to 2147483647, got 0"),
     ("--env Catch-bsuite --steps many", "--steps must be an integer, got 'many'"),
+    ("--env Catch-bsuite --random-episodes -1", "--random-episodes must be an integer from 0 to 10000, got -1"),
     ("--env Catch-bsuite --logging.metrics-every 0", "--logging.metrics-every must be an integer from 1"),
     (f"--env Catch-bsuite {AE}.image-size 8", f"{AE}.image-size must be at least 10 for observations (10, 5), got 8"),
     (f"--env Catch-bsuite {AE}.image-size 11", f"{AE}.image-size must be a multiple of 2 for 2 depths, got 11"),

@@ -59,7 +59,7 @@ from drama_jax.config import (
 from drama_jax.envs import jax_env, make_atari
 from drama_jax.envs.base import check_actions, unpack_state
 from drama_jax.envs.envpool_tasks import make_task
-from drama_jax.training import checkpoint, evaluation, in_graph, programs, scores
+from drama_jax.training import checkpoint, evaluation, in_graph, programs, random_play, scores
 from experiments import atari100k, command_line
 
 WM, AE, BB, BH = (
@@ -809,6 +809,7 @@ ARRAYS = [
     (lambda s: in_graph.begin(MICRO, "Catch", key()), "in_graph.begin: env must be of type JaxEnv, got 'Catch'"),
     (lambda s: in_graph.play_randomly(None, 3, None), "in_graph.play_randomly: env must be of type JaxEnv, got None"),
     (lambda s: in_graph.train(None, 3, s), "in_graph.train: env must be of type JaxEnv, got None"),
+    (lambda s: random_play.play(None, key(), episodes=3), "random_play.play: env must be of type JaxEnv, got None"),
     (lambda s: evaluation.episodes_per_environment(-1, 2), "evaluation: episodes must be an integer from 0"),
     (lambda s: evaluation.episodes_per_environment(5, 0), "evaluation: num_envs must be an integer from 1"),
     (lambda s: scores.human_normalised(3, 1.0), "human_normalised: game must be of type str, got 3"),
