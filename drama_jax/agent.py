@@ -115,6 +115,9 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
     batch = replay.gather(memory, starts, wm.batch_length)
     noise_shape = (*batch.rewards.shape, wm.autoencoder.categoricals, wm.autoencoder.classes)
     gumbel = jax.random.gumbel(noise_key, noise_shape, at_least_float32(world_model.compute_dtype(wm)))
+    dropout_key = None
+    if wm.backbone.has_dropout:
+        key, dropout_key = jax.random.split(key)
     model, metrics = world_model.update(
         wm,
         state.world_model,
@@ -123,6 +126,7 @@ def train_world_model(state: AgentState) -> tuple[AgentState, Metrics]:
         episode_segments(config.fidelity, batch.firsts),
         num_actions=state.num_actions,
         learning_rate=state.hyper.world_model_learning_rate,
+        dropout_key=dropout_key,
     )
     taken = guard.finite(metrics["total_loss"], metrics["grad_norm"])
     state = dataclasses.replace(

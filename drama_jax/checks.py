@@ -113,8 +113,8 @@ def parts(function: str, name: str, tree: Any, *wanted: str) -> None:
         )
 
 
-def key(function: str, value: Any) -> None:
-    """`value` is one PRNG key, typed or of the old kind.
+def key(function: str, value: Any, name: str = "key") -> None:
+    """The argument called `name` is one PRNG key, typed or of the old kind.
 
     Raises:
       TypeError: it is something else, or several keys.
@@ -122,7 +122,7 @@ def key(function: str, value: Any) -> None:
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and shape == ()) and not (dtype == jnp.uint32 and shape in ((2,), (4,))):
-        raise TypeError(f"{function}: key must be one PRNG key, as from jax.random.key(0), got {_show(value)}")
+        raise TypeError(f"{function}: {name} must be one PRNG key, as from jax.random.key(0), got {_show(value)}")
 
 
 def _is_kind(dtype: Any, kind: str) -> bool:

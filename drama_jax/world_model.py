@@ -148,6 +148,7 @@ def observe(
     num_actions: ActionSpace,
     state: Any = None,
     segment_ids: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Parallel pass of the sequence model.
 
@@ -158,14 +159,16 @@ def observe(
       num_actions: A, or `Continuous(A)`.
       state: recurrent state to start from; zeros if None.
       segment_ids: [B, T] int; the recurrent state is dropped where the id changes.
+      dropout_key: in training, for a backbone that has dropout; consumed.
 
     Returns:
       d_t [B, T, D] and the recurrent state after the last step.
     """
     _check_sequence("world_model.observe", config, params, latent, actions, num_actions)
     module = _backbone(config, num_actions)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
     features, state = module.apply(
-        {"params": params["backbone"]}, latent, actions, state=state, segment_ids=segment_ids
+        {"params": params["backbone"]}, latent, actions, state=state, segment_ids=segment_ids, rngs=rngs
     )
     return features, state
 
@@ -278,13 +281,14 @@ def forward(
     segment_ids: jax.Array | None,
     *,
     num_actions: ActionSpace,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[Forward, Params]:
     """One training-mode pass over a batch.
 
     Args:
       batch: frames [B, T, *frame], actions [B, T], ... (see `replay.Batch`).
       gumbel: Gumbel noise [B, T, K, C] that decides the posterior samples.
-      segment_ids: see `observe`.
+      segment_ids, dropout_key: see `observe`.
 
     Returns:
       `Forward` and the moved batch statistics.
@@ -308,7 +312,15 @@ def forward(
     latent = distributions.straight_through(log_posterior, gumbel).reshape(-1, ae.latent_size).astype(dtype)
     reconstruction, batch_stats = vae.decode(ae, params, batch_stats, latent, train=True, dtype=dtype)
     latent = latent.reshape(*lead, -1)
-    features, _ = observe(config, params, latent, batch.actions, num_actions=num_actions, segment_ids=segment_ids)
+    features, _ = observe(
+        config,
+        params,
+        latent,
+        batch.actions,
+        num_actions=num_actions,
+        segment_ids=segment_ids,
+        dropout_key=dropout_key,
+    )
     return Forward(
         embedding=embedding.reshape(*lead, -1),
         posterior=log_posterior,
@@ -393,9 +405,12 @@ def loss(
     segment_ids: jax.Array | None,
     *,
     num_actions: ActionSpace,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params, Forward]]:
     """`losses` of `forward`: the total, and (terms, moved batch statistics, forward pass)."""
-    out, batch_stats = forward(config, params, batch_stats, batch, gumbel, segment_ids, num_actions=num_actions)
+    out, batch_stats = forward(
+        config, params, batch_stats, batch, gumbel, segment_ids, num_actions=num_actions, dropout_key=dropout_key
+    )
     total, terms = losses(config, out, batch, segment_ids)
     return total, (terms, batch_stats, out)
 
@@ -409,6 +424,7 @@ def update(
     *,
     num_actions: ActionSpace,
     learning_rate: jax.Array | float | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[WorldModelState, dict[str, jax.Array]]:
     """One optimiser step on one batch.
 
@@ -416,16 +432,25 @@ def update(
       gumbel: [B, T, K, C] noise for the posterior samples.
       segment_ids: [B, T] int to drop the recurrent state where an episode starts, or None to let it run on.
       learning_rate: overrides the configured one; may be traced.
+      dropout_key: of a backbone that has dropout, which needs it; consumed.
 
     Returns:
       The new state and scalar metrics.
     """
-
-    checks.instances("world_model.update", state=(state, WorldModelState))
+    checks.instances("world_model.update", config=(config, WorldModelConfig), state=(state, WorldModelState))
+    if config.backbone.has_dropout:
+        checks.key("world_model.update", dropout_key, "dropout_key")
 
     def objective(params: Params) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
         total, (terms, batch_stats, _) = loss(
-            config, params, state.batch_stats, batch, gumbel, segment_ids, num_actions=num_actions
+            config,
+            params,
+            state.batch_stats,
+            batch,
+            gumbel,
+            segment_ids,
+            num_actions=num_actions,
+            dropout_key=dropout_key,
         )
         return total, (terms, batch_stats)
 

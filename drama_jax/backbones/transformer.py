@@ -1,11 +1,13 @@
 """A transformer as the sequence model: causal attention, with a cache of keys and values for single steps.
 
 The architecture is that of the released code's variant (arXiv 2410.08893's comparison, after STORM, arXiv 2310.09615):
-learned positions that count from the start of the segment, post-norm blocks, no dropout. The released code applies
-dropout of 0.1 to the attention weights in training.
+learned positions that count from the start of the segment, post-norm blocks.
 
     x = LN(W ReLU(LN(W [z_t, one-hot a_t])));  x = LN(x + position)
     per layer  x = LN(x + W attention(x));  x = LN(x + W ReLU(W x + b) + b)
+
+Dropout acts on the attention weights (`attention_dropout`) and on what a layer adds to x (`dropout`), and only where
+`apply` is given random numbers for it, `rngs={"dropout": key}`: in world-model updates.
 
 Shapes: B batch, T time, S slots of the cache, D width, H heads, I = H P width of keys and values, M positions.
 """
@@ -307,12 +309,20 @@ class TransformerBlock(nn.Module):
         query, keys, values = (a.reshape(*a.shape[:-1], heads, -1).astype(self.dtype) for a in (query, keys, values))
         scores = jnp.einsum("bthp,bshp->bhts", query, keys, preferred_element_type=wide)
         weights = nn.softmax(scores / math.sqrt(self.config.head_dim), where=mask[:, None], axis=-1)
+        weights = self._drop(weights, self.config.attention_dropout)
         y = jnp.einsum("bhts,bshp->bthp", weights.astype(self.dtype), values)
         return y.reshape(*y.shape[:2], -1)
 
     def _behind(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        x = self.norm_attention(x + self.out(attended).astype(x.dtype))
-        return self.norm(x + self.project(nn.relu(self.hidden(x))).astype(x.dtype))
+        x = self.norm_attention(x + self._drop(self.out(attended).astype(x.dtype), self.config.dropout))
+        added = self.project(nn.relu(self.hidden(x))).astype(x.dtype)
+        return self.norm(x + self._drop(added, self.config.dropout))
+
+    def _drop(self, x: jax.Array, rate: float) -> jax.Array:
+        """Zero in a share of x, the rest scaled so that the expectation stays; x itself where nothing is dropped."""
+        if rate == 0 or not self.has_rng("dropout"):
+            return x
+        return jnp.where(jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def layer_norm(epsilon: float, dtype: jax.typing.DTypeLike, name: str | None = None) -> nn.LayerNorm:

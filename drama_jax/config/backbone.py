@@ -35,6 +35,11 @@ class BackboneConfig:
     """Hidden width of the feed-forward part (`transformer`, `rwkv`); 0 stands for expand * width."""
     max_length: int = 128
     """Steps of one segment that `transformer` has positions for."""
+    dropout: float = 0.0
+    """Of `transformer`, in world-model updates only: share of what attention and feed-forward part add that is dropped.
+    The released code has 0.1."""
+    attention_dropout: float = 0.0
+    """Of `transformer`, likewise: share of the attention weights. The released code has 0.1, whatever its settings."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -42,6 +47,9 @@ class BackboneConfig:
         positive(self, "max_length")
         at_most(self, MOST_LAYERS, "num_layers", "conv_width")
         not_negative(self, "mixer_width", "feedforward_width")
+        for name in ("dropout", "attention_dropout"):
+            rate = getattr(self, name)
+            require(0 <= rate < 1, f"BackboneConfig.{name} must lie in [0, 1), got {rate}")
         require(
             self.inner_width <= LARGEST, f"BackboneConfig.width * expand must be <= {LARGEST}, got {self.inner_width}"
         )
@@ -70,6 +78,11 @@ class BackboneConfig:
     def feedforward_size(self) -> int:
         """Hidden width of the feed-forward part, see `feedforward_width`."""
         return self.feedforward_width or self.inner_width
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether its training takes a key for dropout."""
+        return self.name == "transformer" and max(self.dropout, self.attention_dropout) > 0
 
     @property
     def num_heads(self) -> int:

@@ -118,7 +118,7 @@ def with_backbone(config: RunConfig, name: BackboneName) -> RunConfig:
     """A preset with another sequence model than `mamba2`, of a size with as many parameters (to 5 %).
 
     Where the preset does what the released code does, the transformer is the released variant instead, a third larger
-    than `mamba2`.
+    than `mamba2`, with its dropout.
 
     Raises:
       ConfigError: if there is no such backbone, or no such size for the preset's width.
@@ -130,6 +130,7 @@ def with_backbone(config: RunConfig, name: BackboneName) -> RunConfig:
     if name == "transformer" and not fidelity.reward_follows_action:
         # The released code reads rewards one step early with Mamba, and not with the transformer (Q2).
         fidelity = dataclasses.replace(fidelity, reward_follows_action=True)
+        old = dataclasses.replace(old, dropout=0.1, attention_dropout=0.1)
     elif old.name == "mamba2" and old.width in _MATCHED:
         sizes = _MATCHED[old.width].get(name, {})
     else:
