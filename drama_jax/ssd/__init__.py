@@ -9,7 +9,7 @@ In shapes, B batch, T time, H heads, P head dim, N state dim, G groups (head h r
 
 * "reference": a scan over tokens, the oracle of the others.
 * "chunked": matrix products inside chunks, an associative scan over the chunks' states; any device, any float dtype.
-* "pallas": the same as GPU kernels (`ssd.pallas`; Triton lowering, which JAX deprecates since 0.11).
+* "pallas": the same as GPU kernels (`ssd.fused`; Triton lowering, which JAX deprecates since 0.11).
 
 Resets compare segment indices: in the pairs of steps inside a chunk, in what reaches a chunk's end, in what its start
 hands on. No decay stands for a reset.

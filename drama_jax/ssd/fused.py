@@ -1,4 +1,4 @@
-"""The SSD scan through the GPU kernels of `ssd.pallas`, with their gradients.
+"""The SSD scan through the GPU kernels of `gpu_forward` and `gpu_backward`, as one function with its gradient.
 
 Kept between the passes: the operands and the state that enters each chunk, `[B, H, T / Q, P, N]`; everything inside a
 chunk is computed again. Memory is linear in T.
@@ -13,30 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from drama_jax.precision import at_least_float32
-from drama_jax.ssd import pallas
+from drama_jax.ssd import gpu_backward, gpu_forward
 from drama_jax.ssd.recurrence import compose
 from drama_jax.ssd.segments import segment_index
-from drama_jax.ssd.tiles import Inputs, Plan, Steps, Tiles, padded
+from drama_jax.ssd.tiles import Inputs, Plan, Steps, Tiles, default_tiles
 
-CUTS: dict[str, list[tuple[int, int, int, int, int, int]]] = {
-    "bfloat16": [
-        (32, 32, 64, 16, 4, 1024),
-        (64, 32, 64, 32, 8, 256),
-        (128, 64, 64, 32, 4, 256),
-        (256, 64, 32, 64, 8, 256),
-    ],
-    "float32": [
-        (32, 16, 32, 16, 4, 256),
-        (64, 16, 32, 16, 4, 256),
-        (128, 16, 32, 32, 4, 256),
-        (256, 16, 16, 32, 4, 256),
-    ],
-}
-"""Largest N, and up to it the chunk, width, depth, warps, and how many programs the strips should make. In bfloat16, N
-to 32 and to 128 are the fastest of `python -m benchmarks.ssd --tune`; the others, of the cuts tried with the compiler
-for an H100, those with the fewest registers spilt in both directions."""
-ENOUGH = 256
-"""Programs from which on `gradients` is not cut into strips: each strip then costs more than it gains."""
 LARGEST_HEAD_DIM, LARGEST_STATE_DIM = 128, 256
 Saved = tuple[Inputs, jax.Array, tuple[()] | None]
 
@@ -77,28 +58,6 @@ def ssd_pallas(
     return _scan(inputs, state, tiles or default_tiles(x, B), interpret)
 
 
-def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
-    """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as make the programs that are wanted."""
-    batch, time, heads, head_dim = x.shape
-    state_dim = padded(B.shape[-1])
-    cuts = CUTS["bfloat16" if x.dtype == jnp.bfloat16 else "float32"]
-    chunk, width, depth, warps, wanted = next(cut for largest, *cut in cuts if state_dim <= largest)
-    chunk, width = min(chunk, padded(time)), min(width, padded(head_dim))
-    chunks = -(-time // chunk)
-    programs = batch * heads * -(-head_dim // width)
-    # A strip costs a second reading of its inputs: four chunks or more make that worth while.
-    strips = max(1, min(-(-wanted // programs), chunks // 4))
-    return Tiles(
-        chunk=chunk,
-        width=width,
-        depth=min(depth, state_dim),
-        strips=strips,
-        backward_strips=strips if programs < ENOUGH else 1,
-        warps=warps,
-        backward_warps=warps,
-    )
-
-
 def why_not(x: jax.Array, B: jax.Array, *, interpret: bool) -> str | None:
     """Why the kernels cannot run on x [B, T, H, P] and B [B, T, G, N] here, or None if they can."""
     head_dim, state_dim = x.shape[-1], B.shape[-1]
@@ -127,7 +86,7 @@ def why_not(x: jax.Array, B: jax.Array, *, interpret: bool) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _scan(inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    y, final, _ = pallas.outputs(
+    y, final, _ = gpu_forward.outputs(
         inputs, _entries(inputs, state, tiles, interpret), tiles, save=False, interpret=interpret
     )
     return y, final
@@ -137,7 +96,7 @@ def _scan_forward(
     inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Saved]:
     entry = _entries(inputs, state, tiles, interpret)
-    y, final, saved = pallas.outputs(inputs, entry, tiles, save=True, interpret=interpret)
+    y, final, saved = gpu_forward.outputs(inputs, entry, tiles, save=True, interpret=interpret)
     assert saved is not None
     # Neither has an array in it; which of the two it is says whether the state has a gradient.
     return (y, final), (inputs, saved, None if state is None else ())
@@ -152,9 +111,9 @@ def _scan_backward(
     saved = _resized(saved, Plan.of(inputs, tiles).chunks)
     exits = dfinal[:, :, None]
     if tiles.strips > 1:
-        sums, decays = pallas.strip_states(dy, inputs.C, inputs, tiles, reverse=True, interpret=interpret)
+        sums, decays = gpu_forward.strip_states(dy, inputs.C, inputs, tiles, reverse=True, interpret=interpret)
         exits = _between_strips(sums, decays, dfinal, reverse=True)
-    out = pallas.gradients(inputs, saved, dy, exits, tiles, interpret=interpret)
+    out = gpu_backward.gradients(inputs, saved, dy, exits, tiles, interpret=interpret)
     by_inputs = Inputs(
         x=out["x"],
         B=out["B"],
@@ -178,7 +137,7 @@ def _entries(inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: b
     """The state entering each strip [B, H, S, P, N], or None for zeros."""
     if tiles.strips == 1:
         return None if state is None else state[:, :, None]
-    sums, decays = pallas.strip_states(inputs.x, inputs.B, inputs, tiles, reverse=False, interpret=interpret)
+    sums, decays = gpu_forward.strip_states(inputs.x, inputs.B, inputs, tiles, reverse=False, interpret=interpret)
     return _between_strips(sums, decays, jnp.zeros_like(sums[:, :, 0]) if state is None else state, reverse=False)
 
 

@@ -1,4 +1,4 @@
-"""Operands of the SSD kernels, and how their work is cut. Letters as in `ssd.pallas`."""
+"""Operands of the SSD kernels, and how their work is cut. Letters as in `ssd.places`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,27 @@ import dataclasses
 
 import flax
 import jax
+import jax.numpy as jnp
+
+CUTS: dict[str, list[tuple[int, int, int, int, int, int]]] = {
+    "bfloat16": [
+        (32, 32, 64, 16, 4, 1024),
+        (64, 32, 64, 32, 8, 256),
+        (128, 64, 64, 32, 4, 256),
+        (256, 64, 32, 64, 8, 256),
+    ],
+    "float32": [
+        (32, 16, 32, 16, 4, 256),
+        (64, 16, 32, 16, 4, 256),
+        (128, 16, 32, 32, 4, 256),
+        (256, 16, 16, 32, 4, 256),
+    ],
+}
+"""Largest N, and up to it the chunk, width, depth, warps, and how many programs the strips should make. In bfloat16, N
+to 32 and to 128 are the fastest of `python -m benchmarks.ssd --tune`; the others, of the cuts tried with the compiler
+for an H100, those with the fewest registers spilt in both directions."""
+ENOUGH = 256
+"""Programs from which on `gradients` is not cut into strips: each strip then costs more than it gains."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +112,28 @@ class Plan:
     @property
     def programs(self) -> int:
         return self.batch * self.tiles.strips * self.blocks * self.heads
+
+
+def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
+    """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as make the programs that are wanted."""
+    batch, time, heads, head_dim = x.shape
+    state_dim = padded(B.shape[-1])
+    cuts = CUTS["bfloat16" if x.dtype == jnp.bfloat16 else "float32"]
+    chunk, width, depth, warps, wanted = next(cut for largest, *cut in cuts if state_dim <= largest)
+    chunk, width = min(chunk, padded(time)), min(width, padded(head_dim))
+    chunks = -(-time // chunk)
+    programs = batch * heads * -(-head_dim // width)
+    # A strip costs a second reading of its inputs: four chunks or more make that worth while.
+    strips = max(1, min(-(-wanted // programs), chunks // 4))
+    return Tiles(
+        chunk=chunk,
+        width=width,
+        depth=min(depth, state_dim),
+        strips=strips,
+        backward_strips=strips if programs < ENOUGH else 1,
+        warps=warps,
+        backward_warps=warps,
+    )
 
 
 def padded(size: int) -> int:

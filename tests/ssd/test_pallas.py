@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 import re
 import types
 
@@ -35,6 +36,11 @@ def test_the_cut_changes_nothing(tiles, x64):
     run = functools.partial(ssd_pallas, tiles=tiles, interpret=True)
     found = contract.errors(contract.results(run, inputs, ids, weights), contract.oracle(inputs, ids, weights))
     assert max(found.values()) < 1e-13
+
+
+def test_all_pallas_names_are_in_one_module():
+    sources = {path.name: path.read_text() for path in pathlib.Path(ssd_module.__file__).parent.glob("*.py")}
+    assert [name for name, text in sources.items() if "jax.experimental" in text] == ["pallas.py"]
 
 
 def specs(shape, dtype, groups=1):
