@@ -281,16 +281,20 @@ def update(
         slow_critic = jax.tree.map(
             lambda slow, new: decay * slow + (1 - decay) * new, state.slow_critic, params["critic"]
         )
+    spread = terms.return_scale.spread
     metrics = {
         "policy_loss": terms.policy_loss,
         "value_loss": terms.value_loss,
         "slow_value_loss": terms.slow_value_loss,
         "entropy": terms.entropy,
-        "return_scale": terms.return_scale.spread,
+        "return_scale": spread,
+        # What moves the policy beside the entropy: as it is scaled, root of the mean square.
+        "advantage": jnp.sqrt(jnp.mean(jnp.square(terms.returns - terms.values[:, :-1]))) / jnp.maximum(1.0, spread),
         "total_loss": total,
         "grad_norm": optim.gradient_norm(opt_state),
         "imagined_reward": jnp.mean(rewards),
         "imagined_value": jnp.mean(terms.values),
+        "imagined_termination": jnp.mean(terminations.astype(terms.values.dtype)),
     }
     state = dataclasses.replace(
         state, params=params, slow_critic=slow_critic, opt_state=opt_state, return_scale=terms.return_scale

@@ -120,6 +120,7 @@ def update(
         "return_scale": state.return_scale.spread,
         "imagined_reward": jnp.mean(rewards),
         "imagined_value": jnp.mean(epochs.values[0]),
+        "imagined_termination": jnp.mean(terminations.astype(epochs.values.dtype)),
     }
     return state, {f"actor_critic/{name}": value for name, value in metrics.items()}
 

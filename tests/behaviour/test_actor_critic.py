@@ -269,6 +269,9 @@ def test_update_learns_a_bandit():
     probs = jax.nn.softmax(actor_critic.policy_logits(TINY, state.params, state.normaliser, features))
     assert probs[:, 0].mean() > 0.8
     assert 0.1 < metrics["actor_critic/imagined_value"] < 0.7
+    assert metrics["actor_critic/imagined_termination"] == 1
+    # Rewards of 0 and 1, of which at least 0.8 are 1.
+    assert 0 < metrics["actor_critic/advantage"] < 0.6
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_state():

@@ -262,3 +262,4 @@ def test_update_learns_a_bandit():
     probs = jax.nn.softmax(actor_critic.policy_logits(TINY, state.params, state.normaliser, features))
     assert probs[..., 0].mean() > 0.8
     assert 0.1 < metrics["actor_critic/imagined_value"] < 1.2
+    assert metrics["actor_critic/imagined_termination"] == 1
