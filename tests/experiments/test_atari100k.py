@@ -70,7 +70,8 @@ def test_the_metrics_show_the_signs_of_failure(finished):
         "world_model/representation_kl", "world_model/total_loss", "world_model/grad_norm",
         "actor_critic/policy_loss", "actor_critic/value_loss", "actor_critic/entropy", "actor_critic/return_scale",
         "actor_critic/total_loss", "actor_critic/grad_norm", "actor_critic/imagined_reward",
-        "actor_critic/imagined_value", "actor_critic/imagined_termination", "actor_critic/advantage", "dfs/trained_q10", "dfs/trained_q50", "dfs/trained_q90", "dfs/trained_max",
+        "actor_critic/imagined_value", "actor_critic/imagined_termination", "actor_critic/advantage",
+        "dfs/trained_q10", "dfs/trained_q50", "dfs/trained_q90", "dfs/trained_max",
         "dfs/imagined_q10", "dfs/imagined_q50", "dfs/imagined_q90", "dfs/imagined_max", "charts/SPS",
     ):  # fmt: skip
         assert np.isfinite(last[tag]), tag
