@@ -65,7 +65,7 @@ class Replay:
 
 def init(
     config: ReplayConfig,
-    image_shape: tuple[int, ...],
+    frame_shape: tuple[int, ...],
     num_actions: ActionSpace = 1,
     *,
     dtype: Literal["uint8", "float32"] = "uint8",
@@ -76,23 +76,23 @@ def init(
 
     Args:
       config: its capacity.
-      image_shape: (height, width, channels) of a frame, or (entries,) of a vector.
+      frame_shape: (height, width, channels) of a frame, or (entries,) of a vector.
       num_actions: whether actions are int32 or `Continuous`.
       dtype: of frames.
     """
     action_space.check("replay.init", num_actions)
-    checks.instances("replay.init", config=(config, ReplayConfig), image_shape=(image_shape, tuple))
-    if len(image_shape) not in (1, 3):
+    checks.instances("replay.init", config=(config, ReplayConfig), frame_shape=(frame_shape, tuple))
+    if len(frame_shape) not in (1, 3):
         raise ValueError(
-            f"replay.init: image_shape must be (height, width, channels), or (entries,) of a vector, got {image_shape}"
+            f"replay.init: frame_shape must be (height, width, channels), or (entries,) of a vector, got {frame_shape}"
         )
-    names = ("entries",) if len(image_shape) == 1 else ("height", "width", "channels")
-    checks.integers("replay.init", **dict(zip(names, image_shape)))
+    names = ("entries",) if len(frame_shape) == 1 else ("height", "width", "channels")
+    checks.integers("replay.init", **dict(zip(names, frame_shape)))
     if dtype not in ("uint8", "float32"):
         raise ValueError(f"replay.init: dtype must be 'uint8' or 'float32', got {dtype!r}")
     n = config.capacity
     return Replay(
-        frames=jnp.zeros((n, *image_shape), dtype),
+        frames=jnp.zeros((n, *frame_shape), dtype),
         actions=action_space.zeros(num_actions, (n,)),
         rewards=jnp.zeros(n, jnp.float32),
         terminals=jnp.zeros(n, jnp.bool_),

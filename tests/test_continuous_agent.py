@@ -51,7 +51,7 @@ class PointMass(JaxEnv):
 
     def __init__(self):
         self.num_actions = ACTIONS
-        self.image_shape = (3,)
+        self.frame_shape = (3,)
 
     def reset(self, key):
         return self._state(jax.random.uniform(key, (2,), minval=-1.0), jnp.zeros((), jnp.int32))
@@ -333,7 +333,7 @@ BAD = [
     (lambda: replay.init(ReplayConfig(), (3,), dtype="int8"), "dtype must be 'uint8' or 'float32', got 'int8'"),
     (
         lambda: replay.init(ReplayConfig(), (3, 2)),
-        "image_shape must be (height, width, channels), or (entries,) of a vector, got (3, 2)",
+        "frame_shape must be (height, width, channels), or (entries,) of a vector, got (3, 2)",
     ),
     (
         lambda: jax.eval_shape(agent.observe, shapes(), transition(jnp.zeros(3), jnp.zeros(3))),

@@ -23,7 +23,7 @@ class AleEnv:
 
     def __init__(self, game: str, config: AtariConfig, *, num_envs: int, image_size: int, seed: int) -> None:
         self.num_envs = num_envs
-        self.image_shape = (image_size, image_size, 3)
+        self.frame_shape = (image_size, image_size, 3)
         self._config = config
         ale_py, rom = _import_ale(game)
         self._ale_py = ale_py

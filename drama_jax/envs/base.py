@@ -62,7 +62,7 @@ class Env(Protocol):
         ...
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
+    def frame_shape(self) -> tuple[int, ...]:
         """(H, W, C) of an image, (O,) of a vector."""
         ...
 

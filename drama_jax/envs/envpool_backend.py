@@ -28,7 +28,7 @@ class Pool:
       options: of `envpool.make`, among them `num_envs`.
       identity: what a saved state must agree on to be played on here; JSON.
       num_actions: what an action is; of at most 255.
-      image_shape: of a frame.
+      frame_shape: of a frame.
     """
 
     _pool: Any
@@ -39,11 +39,11 @@ class Pool:
         options: dict[str, Any],
         identity: dict[str, Any],
         num_actions: ActionSpace,
-        image_shape: tuple[int, ...],
+        frame_shape: tuple[int, ...],
     ) -> None:
         self.num_envs = int(options["num_envs"])
         self.num_actions: ActionSpace = num_actions
-        self.image_shape = image_shape
+        self.frame_shape = frame_shape
         self._options, self._identity = options, identity
         # How an action is remembered.
         self._kept = np.dtype((np.float32, num_actions.size) if isinstance(num_actions, Continuous) else np.uint8)

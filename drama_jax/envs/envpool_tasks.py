@@ -165,7 +165,7 @@ class EnvPoolTask(Pool):
     ) -> Observation:
         first = np.asarray(info["elapsed_step"] == 0)
         return Observation(
-            frames=self._picture(frames) if len(self.image_shape) == 3 else self._vector(frames),
+            frames=self._picture(frames) if len(self.frame_shape) == 3 else self._vector(frames),
             rewards=np.where(first, 0, rewards).astype(np.float32),
             terminals=terminated & ~truncated & ~first,
             last=(terminated | truncated) & ~first,

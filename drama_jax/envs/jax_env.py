@@ -53,7 +53,7 @@ class JaxEnv:
 
     Attributes:
       num_actions: A, or `action_space.Continuous(A)`.
-      image_shape: of a frame: (H, W, C), or (O,).
+      frame_shape: of a frame: (H, W, C), or (O,).
 
     Args:
       env: an environment with gymnax's `reset`, `step` and `observation_space`, and `action_space` or (then its actions
@@ -73,7 +73,7 @@ class JaxEnv:
         shape = observation_shape(env, params)
         space = env.observation_space(params)
         self._classes = int(space.n) if hasattr(space, "n") else None
-        self.image_shape: tuple[int, ...] = shape
+        self.frame_shape: tuple[int, ...] = shape
         if len(shape) == 3:
             if max(shape[:2]) > image_size:
                 raise ConfigError(
@@ -84,7 +84,7 @@ class JaxEnv:
             self._factors = [image_size // n for n in shape[:2]]
             rest = [image_size - n * factor for n, factor in zip(shape[:2], self._factors)]
             self._padding = [(r // 2, r - r // 2) for r in rest] + [(0, 0)]
-            self.image_shape = (image_size, image_size, shape[2])
+            self.frame_shape = (image_size, image_size, shape[2])
         self.num_actions, self._bounds = _actions(env, params)
 
     def reset(self, key: jax.Array) -> JaxEnvState:
@@ -114,7 +114,7 @@ class JaxEnv:
         """What the agent sees of an observation: [H, W, C] uint8, a board's range mapped to 0..255, or [O] float32."""
         if self._classes is not None:
             return jax.nn.one_hot(observation, self._classes, dtype=jnp.float32)
-        if len(self.image_shape) == 1:
+        if len(self.frame_shape) == 1:
             return jnp.asarray(observation, jnp.float32)
         scaled = (jnp.asarray(observation, jnp.float32) - self._low) / (self._high - self._low)
         pixels = jnp.round(255 * jnp.clip(scaled, 0, 1)).astype(jnp.uint8).reshape(*observation.shape[:2], -1)

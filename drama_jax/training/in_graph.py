@@ -70,8 +70,8 @@ def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tupl
 def check_frames(config: AgentConfig, env: JaxEnv) -> None:
     """Raises a ConfigError if the agent's frames are not the environment's."""
     expected = config.world_model.autoencoder.frame_shape
-    if env.image_shape != expected:
-        raise ConfigError(f"the agent sees frames of shape {expected}, but the environment shows {env.image_shape}")
+    if env.frame_shape != expected:
+        raise ConfigError(f"the agent sees frames of shape {expected}, but the environment shows {env.frame_shape}")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "env", "steps"))

@@ -43,7 +43,7 @@ def test_backends_play_the_same_game(game, limit):
     steps = 600
     envs = [_make(game, backend=backend, noop_max=1, max_episode_steps=limit) for backend in BACKENDS]
     assert envs[0].num_actions == envs[1].num_actions
-    assert envs[0].image_shape == envs[1].image_shape == (64, 64, 3)
+    assert envs[0].frame_shape == envs[1].frame_shape == (64, 64, 3)
     actions = _actions(steps, 1, envs[0].num_actions)
     envpool, ale = (_play(env, actions) for env in envs)
 
@@ -145,7 +145,7 @@ def test_noops_depend_on_the_seed_and_vary(backend):
 def test_full_action_space_and_image_size(backend):
     env = _make("Breakout", backend=backend, full_action_space=True, image_size=32)
     assert env.num_actions == 18
-    assert env.image_shape == (32, 32, 3)
+    assert env.frame_shape == (32, 32, 3)
     assert env.reset().frames.shape == (1, 32, 32, 3)
     assert env.step(np.array([17])).frames.shape == (1, 32, 32, 3)
     assert _make("Breakout", backend=backend).num_actions == 4

@@ -79,7 +79,7 @@ def test_rewards_change_their_sign_every_period_and_nothing_else_does():
 @pytest.mark.parametrize("name", ["SparseCatch", "SwitchingCatch"])
 def test_the_agent_sees_them(name):
     env = jax_env.make(f"drama_jax.envs.catch_tasks:{name}", 10)
-    assert env.num_actions == 3 and env.image_shape == (10, 10, 1)
+    assert env.num_actions == 3 and env.frame_shape == (10, 10, 1)
     state = env.reset(jax.random.key(0))
     assert state.frame.dtype == jnp.uint8 and set(np.unique(state.frame)) == {0, 255}
 

@@ -60,7 +60,7 @@ def test_a_vector_is_all_named_arrays_in_order_and_actions_are_scaled():
         ours = env.step(actions)
         seen, reward, *_ = theirs.step(np.float64(low) + (actions.astype(np.float64) + 1) / 2 * (high - low))
         expected = np.concatenate([seen[key].reshape(2, -1) for key in theirs.observation_space.spaces], axis=1)
-        assert ours.frames.dtype == np.float32 and ours.frames.shape == (2, *env.image_shape) == (2, 113)
+        assert ours.frames.dtype == np.float32 and ours.frames.shape == (2, *env.frame_shape) == (2, 113)
         np.testing.assert_allclose(ours.frames, expected, rtol=1e-6, atol=1e-12)
         np.testing.assert_array_equal(ours.rewards, reward)
     for extreme, bound in ((-1, low), (1, high)):

@@ -120,7 +120,7 @@ def test_tokens_are_26_a_step(walks):
 
 def test_it_is_an_environment_for_the_agent():
     env = jax_env.make("drama_jax.envs.grid_world:GridWorld", image_size=10)
-    assert env.image_shape == (10, 10, 1) and env.num_actions == 4
+    assert env.frame_shape == (10, 10, 1) and env.num_actions == 4
     state = env.reset(jax.random.key(0))
     after, outcome = quick_jit(env.step)(state, jnp.int32(UP), jax.random.key(1))
     assert float(outcome.reward) == 1 and not outcome.last

@@ -51,7 +51,7 @@ class _Corridor:
 
 def test_frames_are_enlarged_by_whole_factors_and_centred():
     env = JaxEnv(_Corridor(high=2.0), None, 7)
-    assert env.image_shape == (7, 7, 1)
+    assert env.frame_shape == (7, 7, 1)
     frame = np.asarray(env.reset(jax.random.key(0)).frame)
     assert frame.dtype == np.uint8 and frame.shape == (7, 7, 1)
     expected = np.zeros((7, 7), np.uint8)
@@ -82,7 +82,7 @@ def test_an_episode_end_keeps_its_reward_and_flags_the_next_frame():
 
 
 def test_channels_are_kept():
-    assert JaxEnv(_Corridor(shape=(2, 3, 4)), None, 4).image_shape == (4, 4, 4)
+    assert JaxEnv(_Corridor(shape=(2, 3, 4)), None, 4).frame_shape == (4, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ class _Echo:
 def test_actions_are_scaled_to_the_range_of_the_environment(low, high, shape, played):
     env = JaxEnv(_Echo(low, high, shape), None, 1)
     size = int(np.prod(shape))
-    assert env.num_actions == Continuous(size) and env.image_shape == (1 + size,)
+    assert env.num_actions == Continuous(size) and env.frame_shape == (1 + size,)
     state = env.reset(jax.random.key(0))
     assert state.frame.dtype == jnp.float32 and state.frame.shape == (1 + size,)
     for action, expected in played.items():
@@ -155,7 +155,7 @@ def test_one_of_several_numbers_is_seen_one_hot():
     seen = _Space(())
     seen.n = 4
     env = JaxEnv(Number(-1.0, 1.0, (1,), seen), None, 1)
-    assert env.image_shape == (4,)
+    assert env.frame_shape == (4,)
     frame = env.reset(jax.random.key(0)).frame
     assert frame.dtype == jnp.float32 and frame.tolist() == [0, 0, 1, 0]
 
@@ -185,7 +185,7 @@ def test_actions_without_a_range_are_refused(space, message):
 )
 def test_spaces_of_gymnax_are_read(name, actions, shape):
     env = jax_env.make(name, 1)
-    assert env.num_actions == actions and env.image_shape == shape
+    assert env.num_actions == actions and env.frame_shape == shape
     assert jax.eval_shape(env.reset, jax.random.key(0)).frame.shape == shape
 
 

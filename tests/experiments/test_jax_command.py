@@ -323,13 +323,13 @@ def test_without_gymnax_a_line_says_how_to_get_it(monkeypatch, capsys):
 def test_images_are_as_small_as_the_environment_and_the_autoencoder_allow(name, preset, shape):
     _, config, env = jax_presets.parse(["--env", name, "--preset", preset])
     expected = shape if isinstance(shape, tuple) else (shape, shape, 3)
-    assert env.image_shape == expected == config.agent.world_model.autoencoder.image_shape
+    assert env.frame_shape == expected == config.agent.world_model.autoencoder.image_shape
 
 
 def test_a_vector_environment_has_its_own_preset_unless_another_is_given():
     _, config, env = jax_presets.parse(["--env", "Pendulum-v1"])
     options, other, _ = jax_presets.parse(["--env", "CartPole-v1", "--preset=small"])
-    assert env.num_actions == Continuous(1) and env.image_shape == (3,)
+    assert env.num_actions == Continuous(1) and env.frame_shape == (3,)
     assert config.agent.world_model.autoencoder.vector_size == 3
     assert config == dataclasses.replace(jax_presets.PRESETS["vector"](), agent=config.agent)
     assert options.preset == "small" and other.agent.world_model.autoencoder.vector_size == 4

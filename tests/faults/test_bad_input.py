@@ -476,7 +476,7 @@ ARRAYS = [
     (lambda s: replay.init(MICRO, (16, 16, 3)), "replay.init: config must be of type ReplayConfig, got a AgentConfig"),
     (
         lambda s: replay.init(MICRO.replay, (16, 16)),
-        "replay.init: image_shape must be (height, width, channels), or (entries",
+        "replay.init: frame_shape must be (height, width, channels), or (entries",
     ),
     (lambda s: replay.init(MICRO.replay, (16, 0, 3)), "replay.init: width must be an integer from 1"),
     (lambda s: replay.gather(s.replay, ints(2, 2), 3), "replay.gather: starts must be integer [M], got int32 [2, 2]"),

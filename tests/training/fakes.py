@@ -28,7 +28,7 @@ class ScriptedEnv:
     episode's end ignores the action and returns the reset row.
     """
 
-    image_shape = IMAGE_SHAPE
+    frame_shape = IMAGE_SHAPE
     num_actions = NUM_ACTIONS
 
     def __init__(self, lengths: list[int], truncating: tuple[int, ...] = ()) -> None:
