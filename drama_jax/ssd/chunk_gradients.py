@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
     whole: jax.Array  # a scalar
 
     @classmethod
-    def of(cls, place: Place, inputs: Any, dy: Any, k: jax.Array) -> Chunk:
+    def of(cls, place: Place, inputs: Any, dy: Any, k: jax.Array | int) -> Chunk:
         """The strip's chunk k; `inputs` is `tiles.Inputs` of references, `dy` a reference."""
         time, valid = place.chunk(k)
         at_p, at_n = place.along_p(time, valid), place.along_n(time, valid)

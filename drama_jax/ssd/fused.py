@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from drama_jax.precision import at_least_float32
-from drama_jax.ssd import gpu_backward, gpu_forward
+from drama_jax.ssd import gpu_backward, gpu_backward_apart, gpu_forward
 from drama_jax.ssd.recurrence import compose
 from drama_jax.ssd.segments import segment_index
 from drama_jax.ssd.tiles import Inputs, Plan, Steps, Tiles, default_tiles
@@ -113,7 +113,8 @@ def _scan_backward(
     if tiles.strips > 1:
         sums, decays = gpu_forward.strip_states(dy, inputs.C, inputs, tiles, reverse=True, interpret=interpret)
         exits = _between_strips(sums, decays, dfinal, reverse=True)
-    out = gpu_backward.gradients(inputs, saved, dy, exits, tiles, interpret=interpret)
+    kernels = gpu_backward if tiles.apart is None else gpu_backward_apart
+    out = kernels.gradients(inputs, saved, dy, exits, tiles, interpret=interpret)
     by_inputs = Inputs(
         x=out["x"],
         B=out["B"],

@@ -82,7 +82,7 @@ def _together(plan: Plan, done: dict[str, jax.Array], dtype: Any) -> dict[str, j
 
 def _strip(plan: Plan, dot: Dot, read: Any, write: Any) -> None:
     """One program: a head's columns of one strip."""
-    place = Place(plan)
+    place = Place.of_program(plan)
     zero = jnp.zeros((), read["inputs"].steps.dt.dtype)
 
     def step(k: jax.Array, carry: Carry) -> Carry:

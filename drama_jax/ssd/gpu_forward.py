@@ -51,11 +51,11 @@ def strip_states(
     dot = functools.partial(pallas.dot, interpret=interpret)
 
     def program(read: Any, write: Any) -> None:
-        place = Place(plan)
+        place = Place.of_program(plan)
 
         def step(k: jax.Array, carry: tuple[Pieces, jax.Array]) -> tuple[Pieces, jax.Array]:
             state, decay = carry
-            state, whole = _with_chunk(place, read, state, plan.walk - 1 - k if reverse else k, dot, reverse=reverse)
+            state, whole = with_chunk(place, read, state, plan.walk - 1 - k if reverse else k, dot, reverse=reverse)
             return state, decay * whole
 
         start = (place.strip_state(None, wide), jnp.ones((), wide))
@@ -82,10 +82,13 @@ def strip_states(
     return done["states"], done["decays"]
 
 
-def _with_chunk(
+def with_chunk(
     place: Place, read: Any, state: Pieces, k: jax.Array, dot: Dot, *, reverse: bool
 ) -> tuple[Pieces, jax.Array]:
-    """The state beyond chunk k, whole s + sum over j of weight_j values_j (outer) keys_j, and `whole`."""
+    """The state beyond chunk k, whole s + sum over j of weight_j values_j (outer) keys_j, and `whole`.
+
+    `read` holds references to values, keys and steps; see `strip_states`.
+    """
     time, valid = place.chunk(k)
     decays = Decays(place, read["steps"], time, valid)
     value = pallas.load(read["values"], *place.along_p(time, valid))
@@ -114,7 +117,7 @@ def outputs(
     dot = functools.partial(pallas.dot, interpret=interpret)
 
     def program(read: Any, write: Any) -> None:
-        place = Place(plan)
+        place = Place.of_program(plan)
 
         def step(k: jax.Array, state: Pieces) -> Pieces:
             if save:

@@ -6,6 +6,7 @@ chunk to chunk. Letters as in `ssd`; Q steps of a chunk, `width` columns of P, `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,22 +24,30 @@ Where = tuple[jax.Array, jax.Array | None]
 class Place:
     """Which batch row, head, strip and columns a program has."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        # Neighbouring programs take neighbouring heads: they read the same B and C, and the same lines of dt.
-        rest, self.head = pallas.quotient_and_rest(pallas.program_id(), plan.heads)
-        rest, self.block = pallas.quotient_and_rest(rest, plan.blocks)
-        self.batch, self.strip = pallas.quotient_and_rest(rest, plan.tiles.strips)
+    def __init__(
+        self, plan: Plan, batch: jax.Array, strip: jax.Array, head: jax.Array, block: jax.Array, pieces: Iterable[Any]
+    ) -> None:
+        """`block` of the columns of P; `pieces` are where those of N begin that the program takes."""
+        self.plan, self.batch, self.strip, self.head, self.block = plan, batch, strip, head, block
         self.group, _ = pallas.quotient_and_rest(self.head, plan.heads // plan.groups)
         self.row = jnp.arange(plan.tiles.chunk, dtype=jnp.int32)
         self.p = self.block * plan.tiles.width + jnp.arange(plan.tiles.width, dtype=jnp.int32)
-        self.n = [start + jnp.arange(plan.tiles.depth, dtype=jnp.int32) for start in plan.pieces]
+        self.n = [start + jnp.arange(plan.tiles.depth, dtype=jnp.int32) for start in pieces]
         # Masks that are known to be full are left out.
         self.p_valid = None if plan.head_dim % plan.tiles.width == 0 else self.p < plan.head_dim
         full = plan.state_dim % plan.tiles.depth == 0
         self.n_valid = [None if full else n < plan.state_dim for n in self.n]
 
-    def chunk(self, k: jax.Array) -> Where:
+    @classmethod
+    def of_program(cls, plan: Plan) -> Place:
+        """One strip, head and block of P for each program, and all of N."""
+        # Neighbouring programs take neighbouring heads: they read the same B and C, and the same lines of dt.
+        rest, head = pallas.quotient_and_rest(pallas.program_id(), plan.heads)
+        rest, block = pallas.quotient_and_rest(rest, plan.blocks)
+        batch, strip = pallas.quotient_and_rest(rest, plan.tiles.strips)
+        return cls(plan, batch, strip, head, block, plan.pieces)
+
+    def chunk(self, k: jax.Array | int) -> Where:
         """Times [Q] of the strip's chunk k, and which of them are in the sequence; None if all are in every chunk."""
         time = (self.strip * self.plan.walk + k) * self.plan.tiles.chunk + self.row
         return time, None if self.plan.chunks * self.plan.tiles.chunk == self.plan.time else time < self.plan.time

@@ -30,6 +30,18 @@ ENOUGH = 256
 
 
 @dataclasses.dataclass(frozen=True)
+class Apart:
+    """How the kernels of `gpu_backward_apart` are cut, besides what `Tiles` says."""
+
+    depth: int
+    """As that of `Tiles`, of the kernel for dB and dC."""
+    warps: int = 4
+    """Of that kernel."""
+    parts: int = 1
+    """Programs that share the heads of a group, as far as it divides their number."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiles:
     """How the work is cut. Powers of two but for `strips`; no effect on results but rounding."""
 
@@ -49,6 +61,8 @@ class Tiles:
     """As `warps`, of `gradients`."""
     stages: int = 1
     """Chunks whose loads the compiler may have under way at once."""
+    apart: Apart | None = None
+    """How `gpu_backward_apart` takes the place of `gradients`; None if it does not."""
 
 
 @flax.struct.dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -18,7 +19,7 @@ from drama_jax.backbones import mamba2
 from drama_jax.config import BackboneConfig, ConfigError
 from drama_jax.ssd import default_implementation, fused, ssd
 from drama_jax.ssd.fused import default_tiles, ssd_pallas
-from drama_jax.ssd.tiles import Tiles
+from drama_jax.ssd.tiles import Apart, Tiles
 from tests.ssd import contract
 from tests.tools import lower_for_cuda, quick_jit
 
@@ -27,15 +28,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 TILES = (
     Tiles(chunk=16, width=16, depth=32, strips=2),
     Tiles(chunk=16, width=32, depth=16, strips=4, backward_strips=3),
+    Tiles(chunk=16, width=16, depth=32, strips=2, backward_strips=3, apart=Apart(depth=16, parts=2)),
 )
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=["blocks_of_p", "pieces_of_n"])
+@pytest.mark.parametrize("tiles", TILES, ids=["blocks_of_p", "pieces_of_n", "apart"])
 def test_the_cut_changes_nothing(tiles, x64):
     inputs, ids, weights = contract.numbers(contract.case("resets"), jnp.float64)
     run = functools.partial(ssd_pallas, tiles=tiles, interpret=True)
     found = contract.errors(contract.results(run, inputs, ids, weights), contract.oracle(inputs, ids, weights))
     assert max(found.values()) < 1e-13
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("bare", jnp.float32), ("resets", jnp.bfloat16)])
+def test_the_kernels_apart_keep_the_contract(case, dtype, x64):
+    inputs, ids, weights = contract.numbers(contract.case(case), dtype)
+    tiles = Tiles(chunk=16, width=16, depth=16, apart=Apart(depth=16))
+    run = functools.partial(ssd_pallas, tiles=tiles, interpret=not contract.ON_GPU)
+    found = contract.errors(contract.results(run, inputs, ids, weights), contract.oracle(inputs, ids, weights))
+    assert max(found.values()) <= contract.TOLERANCE[jnp.dtype(dtype).name]
 
 
 def test_all_pallas_names_are_in_one_module():
@@ -57,9 +68,9 @@ def specs(shape, dtype, groups=1):
     }
 
 
-def gradient(inputs, ids):
+def gradient(inputs, ids, tiles=None):
     def loss(inputs):
-        y, final = ssd_pallas(**inputs, segment_ids=ids)
+        y, final = ssd_pallas(**inputs, segment_ids=ids, tiles=tiles)
         return jnp.sum(y.astype(final.dtype)) + jnp.sum(final)
 
     return jax.grad(loss)(inputs)
@@ -88,6 +99,15 @@ def test_lowers_for_cuda(shape, strips, dtype):
 def test_all_widths_lower_for_cuda(head_dim, state_dim, x64):
     inputs = specs((2, 100, 4, head_dim, state_dim), jnp.float32, groups=2)
     assert "ssd_gradients" in kernels(lower_for_cuda(gradient, inputs, jax.ShapeDtypeStruct((2, 100), jnp.int32)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_kernels_apart_lower_for_cuda(dtype):
+    inputs, ids = specs((8, 2048, 24, 64, 128), dtype), jax.ShapeDtypeStruct((8, 2048), jnp.int32)
+    tiles = dataclasses.replace(default_tiles(inputs["x"], inputs["B"]), apart=Apart(depth=64, parts=2))
+    found = kernels(lower_for_cuda(functools.partial(gradient, tiles=tiles), inputs, ids))
+    assert found.keys() >= {"ssd_state_gradients", "ssd_gradients_x", "ssd_gradients_keys"}
+    assert set(found.values()) == {1} and "ssd_gradients" not in found
 
 
 def test_vmap_is_one_launch_with_a_larger_grid():
