@@ -17,7 +17,7 @@ from drama_jax.config import AgentConfig, ConfigError
 from drama_jax.config import preset as atari_preset
 from drama_jax.envs.jax_env import JaxEnv
 from drama_jax.training import checkpoint, in_graph, weights
-from experiments import atari100k, command_line, jax_curves, jax_env, jax_presets
+from experiments import atari100k, atari_options, jax_curves, jax_env, jax_presets, sweep
 from experiments.jax_env import Failed
 
 __all__ = ["Failed", "Plan", "Result", "agent_of", "check", "object_errors", "run"]
@@ -80,7 +80,8 @@ def agent_of(name: str, preset: str, *, atari: bool) -> AgentConfig:
 def check(plan: Plan) -> None:
     """Raises a ConfigError if the command would; begins nothing."""
     if plan.atari:
-        command_line.plan(*command_line.parse(list(plan.arguments), _PROGRAM))
+        options, atari = atari_options.parse(list(plan.arguments), _PROGRAM)
+        sweep.plan(atari, options.seeds, options.sweep)
         return
     _, config, _ = jax_presets.parse(plan.arguments)
     if plan.objects and config.agent.world_model.autoencoder.vector_size:
@@ -107,7 +108,7 @@ def run(plan: Plan, stop: Callable[[], bool]) -> Result | None:
 
 def _atari(plan: Plan) -> list[pathlib.Path]:
     """The run directories of all seeds, trained and evaluated; [] if a signal has ended it."""
-    options, config = command_line.parse(list(plan.arguments), _PROGRAM)
+    options, config = atari_options.parse(list(plan.arguments), _PROGRAM)
     wanted = options.logdir, range(config.seed, config.seed + options.seeds), config.steps
     if not _finished(plan, *wanted) and atari100k.main(plan.arguments) != 0:
         raise Failed(f"{plan.name}, {plan.variant}: the run failed, see above")

@@ -8,264 +8,58 @@ Steps are agent steps; one step is four emulator frames, so the default of 100,0
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import sys
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
-from drama_jax import agent
-from drama_jax.action_space import ActionSpace
-from drama_jax.config import ConfigError
-from drama_jax.envs.base import EmulatorError
+from drama_jax.config import ConfigError, RunConfig
 from drama_jax.envs.games import canonical_game
-from drama_jax.training import evaluation, loop, programs, resume, run_directory, scores
-from drama_jax.training.checkpoint import Checkpoints
-from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.signals import stop_requested
-from drama_jax.training.together import Together
-from experiments import command_line, machine, processes
-from experiments.runs import Run, prepare, unfinished
+from experiments import atari_options, command_line, machine, processes, runner
+from experiments.machine import Played
+from experiments.processes import ALONE, Distributed
+from experiments.runs import Run
+from experiments.sweep import Planned, plan
 
 _PROGRAM = "python -m experiments.atari100k"
 
 
-class Failed(RuntimeError):  # noqa: N818 - the run did, not this program
-    """The run ended early through no mistake of the user; the message says why."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the experiment; returns the exit code.
-
-    0: it is finished, or a signal ended it and it is saved. 1: it failed on the way. 2: a mistake of the user. One
-    line explains each of the last two.
-    """
+    """Runs the experiment; returns the exit code, see `runner.exit_code`."""
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def command() -> None:
-        options, config = command_line.parse(arguments, _PROGRAM)
-        whole = command_line.plan(options, config)
-        options, planned = processes.share(options, whole)
+        options, config = atari_options.parse(arguments, _PROGRAM)
+        whole = plan(config, options.seeds, options.sweep)
+        distributed, planned = processes.share(options.distributed, (options.game, options.preset), whole)
         machine.set_xla_flags(deterministic=options.deterministic)
         jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
-            runs, finished = run(options, planned, stop)
+            runs, finished = run(options, planned, stop, distributed)
         if not finished:
             directory = runs[0].directory if len(whole) == 1 else options.logdir
             print(f"stopped; to continue:\n{command_line.to_continue(arguments, _PROGRAM, directory)}", flush=True)
 
-    return exit_code(command)
-
-
-def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command to its end; returns the exit code that `main` documents, after a line that explains it."""
-    try:
-        command()
-    except (ConfigError, Failed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            f"error: the device has not enough memory ({' '.join(str(error).split())[:200]}); lower the batch sizes, "
-            f"--agent.replay.capacity or --seeds",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return runner.exit_code(command)
 
 
 def run(
-    options: command_line.AllOptions,
-    planned: Sequence[command_line.Planned],
+    options: atari_options.AllOptions,
+    planned: Sequence[Planned[RunConfig]],
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[list[Run], bool]:
-    """Trains and evaluates, or goes on with that. Everything is checked before a run directory is created.
-
-    Returns:
-      The runs, and whether they are finished (they are not if `stop` has ended them).
+    distributed: Distributed = ALONE,
+) -> tuple[list[Run[Played]], bool]:
+    """`runner.run` on the options' game.
 
     Raises:
-      ConfigError: if they cannot start.
-      Failed: if an emulator failed, or a last checkpoint could not be saved.
+      ConfigError, runner.Failed: likewise, or there is no such game.
     """
     try:
         game = canonical_game(options.game)
     except ConfigError as error:
         raise ConfigError(f"--game: {error}") from None
-    return run_on(game, options, planned, stop)
-
-
-def run_on(
-    game: str,
-    options: command_line.AllOptions,
-    planned: Sequence[command_line.Planned],
-    stop: Callable[[], bool] = lambda: False,
-) -> tuple[list[Run], bool]:
-    """`run` on what `machine.make_environment` makes of a name; of `options`, `game` and `atari` are not looked at."""
-    start = time.perf_counter()
-    config = planned[0].config
-    run_directory.check(options.logdir)
-    devices = machine.choose_devices(options.devices, len(planned))
-    machine.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
-    machine.keep_compiled_programs(options.compilation_cache)
-    with contextlib.ExitStack() as stack, contextlib.ExitStack() as games:
-        environments = {
-            one.config: games.enter_context(contextlib.closing(machine.make_environment(game, one.config, num_envs=1)))
-            for one in planned
-        }
-        left = unfinished(options, game, planned)
-        if left:
-            together = Together(len(left), machine.share_out(len(left), options.devices))
-            num_actions = environments[left[0].config].num_actions
-            machine.check_update(config.agent, num_actions, together, together.devices[0].memory_stats())
-        runs = prepare(options, game, planned, stack)
-        if not runs:
-            return [], True
-        trainings, unsaved = train(runs, [environments[one.config] for one in runs], options, stop)
-        games.close()
-        finished = evaluate_all(runs, trainings, start, stop)
-        if unsaved:
-            raise Failed("; ".join(unsaved))
-    return runs, finished
-
-
-def train(
-    runs: Sequence[Run], environments: Sequence[Any], options: command_line.AllOptions, stop: Callable[[], bool]
-) -> tuple[list[loop.Training], list[str]]:
-    """The training runs with their files and a progress bar, and which last checkpoints could not be saved, and why.
-
-    Raises:
-      Failed: if an emulator failed, or updates were not finite.
-    """
-    config, first = runs[0].config, runs[0]
-    # Fewer than planned if some are finished already.
-    together = Together(len(runs), machine.share_out(len(runs), options.devices))
-    state = initial(runs, environments[0].num_actions, together)
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(
-            contextlib.closing(
-                Progress(config.steps, config.logging.progress, f"{options.distributed.label}training", first.step)
-            )
-        )
-        members = [_member(one, environment, progress, stack) for one, environment in zip(runs, environments)]
-
-        def on_measured(seconds: float, steps_left: int) -> str | None:
-            return machine.slow_device_notice(first.preset, seconds, steps_left)
-
-        trainings = loop.train_together(
-            config, members, state, together, progress=progress, stop=stop, on_measured=on_measured, check=options.check
-        )
-        files = [(one, member.checkpoints) for one, member in zip(runs, members) if member.checkpoints is not None]
-        unsaved = [
-            f"the last checkpoint of {one.directory} could not be saved ({checkpoints.error})"
-            for one, checkpoints in files
-            if checkpoints.error is not None
-        ]
-    if trainings[0].fault is not None:
-        where = ", ".join(str(one.directory) for one in runs)
-        raise Failed(f"{trainings[0].fault}. What was learnt is saved in {where}; the same command continues there")
-    return trainings, unsaved
-
-
-def _member(run: Run, environment: Any, progress: Progress, stack: contextlib.ExitStack) -> loop.Member:
-    writer = stack.enter_context(Writer(run.directory, run.config.logging, start=run.step, say=progress.say))
-    checkpoints = stack.enter_context(
-        contextlib.closing(
-            Checkpoints(run.directory, run.identity, run.config.agent.replay.capacity, run.segments, progress.say)
-        )
-    )
-    _, train_key, _ = _keys(run)
-    return loop.Member(environment, train_key, writer, checkpoints, run.snapshot)
-
-
-def _keys(run: Run) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the initial state, the training and the evaluation."""
-    init_key, train_key, evaluation_key = jax.random.split(jax.random.key(run.config.seed), 3)
-    return init_key, train_key, evaluation_key
-
-
-def initial(runs: Sequence[Run], num_actions: ActionSpace, together: Together) -> Any:
-    """The agents' states, fresh or from their checkpoints, stacked."""
-    # What is static is the first run's: the others differ in nothing that is not part of the state.
-    common, states = runs[0].config, []
-    for index, one in enumerate(runs):
-        with jax.default_device(together.device(index)):
-            if one.snapshot is None:
-                state = programs.initial_state(_keys(one)[0], common.agent, num_actions)
-                state = dataclasses.replace(state, hyper=agent.hyper(one.config.agent))
-            else:
-                state = resume.restored_state(one.directory, common, num_actions, one.snapshot, one.segments)
-            states.append(state)
-    return together.stack(states)
-
-
-def evaluate_all(
-    runs: Sequence[Run], trainings: Sequence[loop.Training], start: float, stop: Callable[[], bool]
-) -> bool:
-    """Evaluates and reports one run after the other; whether all are done (not if `stop` has ended it)."""
-    for one, training in zip(runs, trainings):
-        returns = None if training.stopped else evaluate(one, training.state, _keys(one)[2], stop)
-        if returns is None:
-            return False
-        before = training.wall_clock_s - training.this_part_s
-        report(one, training, returns, before + time.perf_counter() - start)
-    return True
-
-
-def evaluate(this: Run, state: Any, key: jax.Array, stop: Callable[[], bool]) -> list[float] | None:
-    """Plays the evaluation episodes and logs their mean; None if `stop` has ended it.
-
-    Raises:
-      Failed: if the emulator failed.
-    """
-    config, episodes = this.config, this.config.evaluation.episodes
-    if episodes == 0:
-        return []
-    num_envs = min(config.evaluation.num_envs, episodes)
-    with (
-        contextlib.closing(Progress(episodes, config.logging.progress, "evaluation", unit="episode")) as progress,
-        Writer(this.directory, config.logging, say=progress.say) as writer,
-        contextlib.closing(
-            machine.make_environment(this.game, config, num_envs=num_envs, evaluation=True)
-        ) as environment,
-    ):
-        try:
-            returns = evaluation.evaluate(
-                state, environment, episodes, key, on_episode=lambda _: progress.advance(), stop=stop
-            )
-        except EmulatorError as error:
-            raise Failed(f"the emulator failed in the evaluation: {error}. The same command repeats it") from error
-        if returns is None:
-            return None
-        result = scores.summary(this.game, returns)
-        values = {"eval/episodic_return": result["mean"], "eval/human_normalised_score": result["human_normalised"]}
-        writer.scalars(config.steps, {tag: value for tag, value in values.items() if value is not None})
-    return returns
-
-
-def report(this: Run, training: loop.Training, returns: list[float], seconds: float) -> None:
-    """Writes scores.json and prints the table."""
-    result = scores.summary(this.game, returns) | {
-        "game": this.game,
-        "preset": this.preset,
-        "seed": this.config.seed,
-        "steps": this.config.steps,
-        "training_returns": training.returns,
-        "wall_clock_s": seconds,
-        "training_s": training.wall_clock_s,
-        "ms_per_step": training.ms_per_step,
-        **run_directory.environment(),
-    }
-    print(scores.format_table(this.game, returns))
-    try:
-        scores.write(this.directory / "scores.json", result)
-    except OSError as error:
-        raise Failed(f"{this.directory / 'scores.json'}: {error.strerror}; the same command repeats it") from error
+    return runner.run(game, options, planned, stop, distributed)
 
 
 if __name__ == "__main__":

@@ -11,32 +11,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
 
 import jax
 
 from drama_jax.training.signals import stop_requested
-from experiments import atari100k, command_line, envpool_options, machine
+from experiments import command_line, envpool_options, machine, runner
+from experiments.sweep import plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the experiment; returns the exit code, see `atari100k.main`."""
+    """Runs the experiment; returns the exit code, see `runner.exit_code`."""
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def command() -> None:
-        options, configs = envpool_options.parse(arguments)
+        options, config = envpool_options.parse(arguments)
+        planned = plan(config, options.seeds)
         machine.set_xla_flags(deterministic=options.deterministic)
         jax.config.update("jax_debug_nans", options.debug_nans)
-        # What these lack of a run of Atari, nothing on this way looks at.
-        planned = [command_line.Planned(cast(Any, config), {}) for config in configs]
         with stop_requested() as stop:
-            runs, finished = atari100k.run_on(options.task, cast(Any, options), planned, stop)
+            runs, finished = runner.run(options.game, options, planned, stop)
         if not finished:
             directory = runs[0].directory if len(planned) == 1 else options.logdir
             again = command_line.to_continue(arguments, envpool_options.PROGRAM, directory)
             print(f"stopped; to continue:\n{again}", flush=True)
 
-    return atari100k.exit_code(command)
+    return runner.exit_code(command)
 
 
 if __name__ == "__main__":

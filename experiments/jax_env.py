@@ -19,9 +19,8 @@ import functools
 import pathlib
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,9 +34,10 @@ from drama_jax.training.checkpoint import Checkpoints, Snapshot
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.signals import stop_requested
 from drama_jax.training.together import Together
-from experiments import command_line, jax_curves, machine, runs
+from experiments import jax_curves, machine, runs
 from experiments.jax_presets import AllOptions, InGraphConfig, parse
 from experiments.runs import Run
+from experiments.sweep import plan
 
 
 class Failed(RuntimeError):  # noqa: N818 - the run did, not this program
@@ -82,26 +82,27 @@ def run(
     jax_curves.check(options.data, options.picture)
     jax_curves.check_random_episodes(options.random_episodes)
     run_directory.check(options.logdir)
-    # Of a command's options, and of a run's configuration, `runs` looks only at what these have in common with ours.
-    wanted = cast(Any, types.SimpleNamespace(**vars(options), distributed=command_line.Distributed()))
-    seeds = range(config.seed, config.seed + options.seeds)
-    planned = [command_line.Planned(cast(Any, dataclasses.replace(config, seed=seed)), {}) for seed in seeds]
+    planned = plan(config, options.seeds)
     devices = machine.choose_devices(options.devices, len(planned))
     machine.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
     machine.keep_compiled_programs(options.compilation_cache)
     name = config.env.rpartition(":")[2]
     with contextlib.ExitStack() as stack:
-        begun = runs.prepare(wanted, name, planned, stack)
-        finished = train(begun, cast(Any, config), env, options.devices, stop)
+        begun = runs.prepare(options, name, planned, stack)
+        finished = train(begun, config, env, options.devices, stop)
     if not finished:
         return None
     directories = {one.config.seed: one.directory for one in begun}
-    found = [directories.get(one.config.seed) or runs.finished(wanted, name, one) for one in planned]
+    found = [directories.get(one.config.seed) or runs.finished(options, name, one) for one in planned]
     return [directory for directory in found if directory is not None]
 
 
 def train(
-    members: Sequence[Run], config: InGraphConfig, env: JaxEnv, devices: int | None, stop: Callable[[], bool]
+    members: Sequence[Run[InGraphConfig]],
+    config: InGraphConfig,
+    env: JaxEnv,
+    devices: int | None,
+    stop: Callable[[], bool],
 ) -> bool:
     """Trains seeds that are at one step, chunk by chunk, and writes their files; whether to the end.
 
@@ -180,7 +181,9 @@ def _run_one(chunk: Chunk, loop: in_graph.Loop) -> Any:
     return chunk(loop)
 
 
-def _start(members: Sequence[Run], config: InGraphConfig, env: JaxEnv, together: Together) -> in_graph.Loop:
+def _start(
+    members: Sequence[Run[InGraphConfig]], config: InGraphConfig, env: JaxEnv, together: Together
+) -> in_graph.Loop:
     """The loops of all seeds, fresh or from their checkpoints, stacked."""
     # Run once, so that on a CPU it is compiled fast rather than well.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -199,7 +202,7 @@ def _start(members: Sequence[Run], config: InGraphConfig, env: JaxEnv, together:
 class _Files:
     """What one seed writes. A context manager."""
 
-    def __init__(self, run: Run, config: InGraphConfig, progress: Progress) -> None:
+    def __init__(self, run: Run[InGraphConfig], config: InGraphConfig, progress: Progress) -> None:
         self._run, self._config = run, config
         tensorboard = WriterConfig(tensorboard=config.logging.tensorboard)
         self._writer = Writer(run.directory, tensorboard, start=run.step, say=progress.say)

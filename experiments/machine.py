@@ -19,12 +19,14 @@ from drama_jax.training import programs
 from drama_jax.training.together import Together
 from experiments import command_line
 
+Played = RunConfig | TaskRunConfig
+"""What there are environments for."""
 _BESIDES = 1.08
 """What a run takes over what the compiler counts for the update. Measured once, H100, preset xs: at most 4.05 GB in the
 real loop, where the compiler counts 3.79. The rest is acting, images, and copies that are being saved."""
 
 
-def make_environment(game: str, config: RunConfig | TaskRunConfig, *, num_envs: int, evaluation: bool = False) -> Env:
+def make_environment(game: str, config: Played, *, num_envs: int, evaluation: bool = False) -> Env:
     """The training environment, or those of the evaluation with their own seeds and step limit.
 
     Args:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from drama_jax.config import ConfigError
-from experiments.command_line import AllOptions, Distributed, Planned
+from experiments.sweep import Planned, Settings
 
 AUTO = "auto"
 _AGREE_S = 10
@@ -33,6 +33,36 @@ _AGREE_S = 10
 _LATER_S = 60
 """What the meeting may take beyond its limits before it is ended."""
 _MET, _DISAGREED = "met", 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """The same command started several times, on one machine or several; each process trains its share of the agents.
+
+    They meet at the start and then go on by themselves."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, any free port of its machine; auto: all from Slurm, Open MPI or Kubernetes."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """The number of this one, from 0."""
+    timeout: int = 300
+    """Seconds to wait for the others."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether the command has agents that other processes train."""
+        return (self.processes or 1) > 1
+
+    @property
+    def label(self) -> str:
+        """What tells this process's output from the others'."""
+        return "" if self.process is None else f"process {self.process} of {self.processes}: "
+
+
+ALONE = Distributed()
+"""The only process of its command."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +75,28 @@ class Place:
     """Those of its machine that it may use, by number, as JAX names them; all: all."""
 
 
-def share(options: AllOptions, planned: Sequence[Planned]) -> tuple[AllOptions, list[Planned]]:
+def share(
+    wanted: Distributed, name: Sequence[str], planned: Sequence[Planned[Settings]]
+) -> tuple[Distributed, list[Planned[Settings]]]:
     """Meets with the other processes of the command, if it has any; before JAX has started the device.
 
     Args:
-      options: Those of the command.
+      wanted: Its flags.
+      name: What else, beside its agents, must be the same in all of them: game and preset.
       planned: Its agents.
 
     Returns:
-      The options, with this process's number in them, and every P-th agent, from that number on.
+      The flags with this process's number in them, and every P-th agent, from that number on.
 
     Raises:
       ConfigError: if there are more processes than agents, or if they do not meet, or were started with different
         commands.
     """
-    wanted = options.distributed
     _check(wanted)
     if wanted.coordinator is None:
-        return options, list(planned)
+        return wanted, list(planned)
     _check_agents(wanted.processes or 1, len(planned))
-    what = [options.game, options.preset, wanted.processes, [(one.config, one.swept) for one in planned]]
+    what = [*name, wanted.processes, [(one.config, one.swept) for one in planned]]
     place = meet(wanted, hashlib.sha256(repr(what).encode()).hexdigest())
     _check_agents(place.count, len(planned))
     if place.visible_devices != "all":
@@ -72,8 +104,7 @@ def share(options: AllOptions, planned: Sequence[Planned]) -> tuple[AllOptions, 
         jax.config.update("jax_rocm_visible_devices", place.visible_devices)
     own = list(planned[place.index :: place.count])
     print(f"process {place.index} of {place.count}: {', '.join(one.label for one in own)}", flush=True)
-    found = dataclasses.replace(wanted, processes=place.count, process=place.index)
-    return dataclasses.replace(options, distributed=found), own
+    return dataclasses.replace(wanted, processes=place.count, process=place.index), own
 
 
 def _check(wanted: Distributed) -> None:

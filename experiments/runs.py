@@ -7,20 +7,41 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Generic, Protocol
 
-from drama_jax.config import ConfigError, RunConfig
+from drama_jax.config import ConfigError
 from drama_jax.training import checkpoint, resume, run_directory
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
-from experiments.command_line import AllOptions, Planned
+from drama_jax.training.run_directory import RunSettings
+from experiments.sweep import Planned, Settings, Settings_co
+
+
+class Command(Protocol):
+    """What is asked of the options of a command."""
+
+    @property
+    def logdir(self) -> pathlib.Path:
+        """Where its runs are, or the directory of its one run."""
+        ...
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset."""
+        ...
+
+    @property
+    def resume(self) -> bool:
+        """False for new runs in any case."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Generic[Settings_co]):
     """A run directory, locked, and where the run of its one agent stands."""
 
     game: str
-    config: RunConfig
+    config: Settings_co
     preset: str
     directory: pathlib.Path
     identity: str
@@ -35,25 +56,29 @@ class Run:
         return 0 if self.snapshot is None else self.snapshot.step
 
 
-def _shared(options: AllOptions) -> bool:
-    """Whether the command has agents that other processes train."""
-    return (options.distributed.processes or 1) > 1
-
-
-def unfinished(options: AllOptions, game: str, planned: Sequence[Planned]) -> list[Planned]:
-    """The agents that a command trains.
+def unfinished(
+    options: Command, game: str, planned: Sequence[Planned[Settings]], *, shared: bool = False
+) -> list[Planned[Settings]]:
+    """The agents that a command trains; `shared` if it has others that other processes train.
 
     Of several, those that are finished are left out, unless all are. A process that has only a share of a command's
     agents leaves its finished ones out in any case, because it cannot tell whether the others' are, or were a moment
     ago.
     """
-    if not options.resume or (len(planned) == 1 and not _shared(options)):
+    if not options.resume or (len(planned) == 1 and not shared):
         return list(planned)
     left = [one for one in planned if finished(options, game, one) is None]
-    return left if left or _shared(options) else list(planned)
+    return left if left or shared else list(planned)
 
 
-def prepare(options: AllOptions, game: str, planned: Sequence[Planned], stack: contextlib.ExitStack) -> list[Run]:
+def prepare(
+    options: Command,
+    game: str,
+    planned: Sequence[Planned[Settings]],
+    stack: contextlib.ExitStack,
+    *,
+    shared: bool = False,
+) -> list[Run[Settings]]:
     """Finds the runs to continue or creates new directories, and locks them until `stack` is closed.
 
     Only those that `unfinished` names; they all start at one step.
@@ -61,12 +86,12 @@ def prepare(options: AllOptions, game: str, planned: Sequence[Planned], stack: c
     Raises:
       ConfigError: if one cannot be continued as asked for, or is in use, or if they are not at one step.
     """
-    if (len(planned) > 1 or _shared(options)) and resume.is_run(options.logdir):
+    if (len(planned) > 1 or shared) and resume.is_run(options.logdir):
         raise ConfigError(
             f"--logdir {options.logdir} is the directory of one run, and this command has {len(planned)} agents; name "
             f"the directory that holds their runs"
         )
-    left = unfinished(options, game, planned)
+    left = unfinished(options, game, planned, shared=shared)
     for one in planned:
         if one not in left:
             say(f"{one.label} is finished")
@@ -85,13 +110,13 @@ def prepare(options: AllOptions, game: str, planned: Sequence[Planned], stack: c
     return _continued(options, game, planned, found, stack)
 
 
-def _find(options: AllOptions, game: str, planned: Planned) -> pathlib.Path | None:
+def _find(options: Command, game: str, planned: Planned[RunSettings]) -> pathlib.Path | None:
     return resume.find(
         options.logdir, game, options.preset, planned.config, resume=options.resume, same=planned.same, say=say
     )
 
 
-def finished(options: AllOptions, game: str, planned: Planned) -> pathlib.Path | None:
+def finished(options: Command, game: str, planned: Planned[RunSettings]) -> pathlib.Path | None:
     """The directory of an agent's newest run if it is finished and none is under way."""
     directories = resume.runs(options.logdir, game, options.preset, planned.config, planned.same)
     if directories and all(resume.finished(directory, planned.config.steps) for directory in directories):
@@ -99,7 +124,7 @@ def finished(options: AllOptions, game: str, planned: Planned) -> pathlib.Path |
     return None
 
 
-def _new(options: AllOptions, game: str, planned: Planned, stack: contextlib.ExitStack) -> Run:
+def _new(options: Command, game: str, planned: Planned[Settings], stack: contextlib.ExitStack) -> Run[Settings]:
     directory = run_directory.create(options.logdir, game, options.preset, planned.config)
     stack.enter_context(run_directory.lock(directory))
     print(f"run directory {directory}", flush=True)
@@ -107,12 +132,12 @@ def _new(options: AllOptions, game: str, planned: Planned, stack: contextlib.Exi
 
 
 def _continued(
-    options: AllOptions,
+    options: Command,
     game: str,
-    planned: Sequence[Planned],
+    planned: Sequence[Planned[Settings]],
     directories: Sequence[pathlib.Path],
     stack: contextlib.ExitStack,
-) -> list[Run]:
+) -> list[Run[Settings]]:
     checked = []
     for one, directory in zip(planned, directories):
         checked.append(resume.check(directory, game, options.preset, one.config))

@@ -26,7 +26,9 @@ from drama_jax.envs.games import ATARI_100K, canonical_game
 from drama_jax.training import files, resume, run_directory, scores
 from drama_jax.training.signals import stop_requested
 from experiments import aggregate, suite_worker
-from experiments.command_line import AllOptions, Distributed, parse_plain
+from experiments.atari_options import AllOptions
+from experiments.command_line import parse_plain
+from experiments.processes import ALONE
 from experiments.suite_progress import Progress, Task
 from experiments.suite_worker import PROGRAM
 
@@ -115,7 +117,7 @@ def plan(suite: Options, passed: Sequence[str]) -> tuple[AllOptions, list[Task]]
     options, *_ = suite_worker.plan(games[0], seeds, passed)
     if any(dataclasses.asdict(options.sweep).values()):
         raise ConfigError("--sweep: the suite runs one setting; give each value a suite and a --logdir of its own")
-    if options.distributed != Distributed():
+    if options.distributed != ALONE:
         raise ConfigError(
             "--distributed: the suite is one process that has many; to use several machines, --ray-address"
         )

@@ -11,9 +11,11 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from drama_jax.config import RunConfig
 from drama_jax.training import resume
 from experiments import runs, suite_worker
-from experiments.command_line import AllOptions, Planned
+from experiments.atari_options import AllOptions
+from experiments.sweep import Planned
 
 _TAIL_BYTES = 65_536
 
@@ -26,7 +28,7 @@ class Task:
     game: str
     seeds: range
     arguments: tuple[str, ...]
-    planned: list[Planned]
+    planned: list[Planned[RunConfig]]
     outcome: str | None = None
     """How it has ended."""
     returns: dict[pathlib.Path, float] = dataclasses.field(default_factory=dict)

@@ -16,9 +16,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from drama_jax.config import RunConfig
 from drama_jax.training import checkpoint, resume, scores
-from experiments import atari100k, command_line, runs
-from experiments.command_line import AllOptions, Planned
+from experiments import atari100k, atari_options, runs, sweep
+from experiments.atari_options import AllOptions
+from experiments.sweep import Planned
 
 PROGRAM = "python -m experiments.suite"
 _LOOK_EVERY_S = 0.3
@@ -68,18 +70,18 @@ def flags(game: str, seeds: Sequence[int]) -> list[str]:
     return ["--game", game, "--seed", str(seeds[0]), "--seeds", str(len(seeds))]
 
 
-def plan(game: str, seeds: Sequence[int], arguments: Sequence[str]) -> tuple[AllOptions, str, list[Planned]]:
+def plan(game: str, seeds: Sequence[int], arguments: Sequence[str]) -> tuple[AllOptions, str, list[Planned[RunConfig]]]:
     """The agents of a task. Raises a ConfigError for any mistake in the arguments."""
-    options, config = command_line.parse([*arguments, *flags(game, seeds)], PROGRAM)
-    return options, game, command_line.plan(options, config)
+    options, config = atari_options.parse([*arguments, *flags(game, seeds)], PROGRAM)
+    return options, game, sweep.plan(config, options.seeds, options.sweep)
 
 
-def parts(options: AllOptions, game: str, planned: Sequence[Planned]) -> list[list[Planned]]:
+def parts(options: AllOptions, game: str, planned: Sequence[Planned[RunConfig]]) -> list[list[Planned[RunConfig]]]:
     """The agents that are not finished, those together that can go on in one process.
 
     They can if none has begun, or if all have a checkpoint of the same step.
     """
-    result: list[list[Planned]] = []
+    result: list[list[Planned[RunConfig]]] = []
     steps: list[set[int] | None] = []
     for one in planned:
         if runs.finished(options, game, one) is not None:
@@ -93,7 +95,7 @@ def parts(options: AllOptions, game: str, planned: Sequence[Planned]) -> list[li
     return result
 
 
-def _steps(options: AllOptions, game: str, one: Planned) -> set[int] | None:
+def _steps(options: AllOptions, game: str, one: Planned[RunConfig]) -> set[int] | None:
     """The steps at which an agent's run can go on; None if it has not begun."""
     directories = resume.runs(options.logdir, game, options.preset, one.config)
     unfinished = [directory for directory in directories if not resume.finished(directory, one.config.steps)]

@@ -78,10 +78,10 @@ def test_every_linked_file_exists():
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[\w.-]+)", README))))
 def test_every_flag_is_accepted(flag, capsys):
-    from experiments import command_line
+    from experiments import atari_options
 
     arguments = ["--help-all"]
     with pytest.raises(SystemExit) as stop:
-        command_line.parse(arguments, "x")
+        atari_options.parse(arguments, "x")
     assert stop.value.code in (0, None)
     assert flag in (output := capsys.readouterr().out) or flag in ("--help", "--help-all"), output[:200]

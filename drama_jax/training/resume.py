@@ -13,11 +13,11 @@ from typing import Any
 import flax.traverse_util
 
 from drama_jax.action_space import ActionSpace
-from drama_jax.config import ConfigError, RunConfig
+from drama_jax.config import ConfigError
 from drama_jax.training import arrays, programs, replay_log, run_directory, scores
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
-from drama_jax.training.run_directory import CONFIG, LATER
+from drama_jax.training.run_directory import CONFIG, LATER, RunSettings
 
 _MAY_CHANGE = ("steps", "max_skipped_updates", "evaluation/", "logging/")
 _CUT = "metrics-cut.jsonl"
@@ -27,7 +27,7 @@ def find(
     logdir: pathlib.Path,
     game: str,
     preset: str,
-    config: RunConfig,
+    config: RunSettings,
     *,
     resume: bool = True,
     same: Mapping[str, Any] | None = None,
@@ -70,7 +70,7 @@ def find(
 
 
 def runs(
-    logdir: pathlib.Path, game: str, preset: str, config: RunConfig, same: Mapping[str, Any] | None = None
+    logdir: pathlib.Path, game: str, preset: str, config: RunSettings, same: Mapping[str, Any] | None = None
 ) -> list[pathlib.Path]:
     """The directories of all runs of this game, preset and seed that have the values in `same`; see `find`."""
     paths = [path for path in logdir.glob(f"{game}/{preset}/seed{config.seed}-*") if is_run(path)]
@@ -91,7 +91,7 @@ def finished(directory: pathlib.Path, steps: int) -> bool:
     return isinstance(reached, int) and reached >= steps
 
 
-def check(directory: pathlib.Path, game: str, preset: str, config: RunConfig) -> tuple[str, dict[str, list[Any]]]:
+def check(directory: pathlib.Path, game: str, preset: str, config: RunSettings) -> tuple[str, dict[str, list[Any]]]:
     """Compares what a run was started with and what is asked for now.
 
     Returns:
@@ -142,7 +142,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
     return dict(content)
 
 
-def note(directory: pathlib.Path, config: RunConfig, step: int, changed: Mapping[str, list[Any]]) -> None:
+def note(directory: pathlib.Path, config: RunSettings, step: int, changed: Mapping[str, list[Any]]) -> None:
     """Writes to config.json that the run is continued, where, with what, and what has changed.
 
     Raises:
@@ -198,7 +198,7 @@ def _is_kept(line: bytes, step: int, scored: bool) -> bool:
 
 
 def restored_state(
-    directory: pathlib.Path, config: RunConfig, num_actions: ActionSpace, snapshot: Snapshot, segments: list[Segment]
+    directory: pathlib.Path, config: RunSettings, num_actions: ActionSpace, snapshot: Snapshot, segments: list[Segment]
 ) -> Any:
     """The `AgentState` of a checkpoint, replay included, on the default device.
 

@@ -25,11 +25,11 @@ import time
 import typing
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 
-from drama_jax.config import ConfigError, RunConfig, TaskRunConfig
+from drama_jax.config import AgentConfig, ConfigError, RunConfig, TaskRunConfig
 from drama_jax.training import scores
 
 CONFIG = "config.json"
@@ -53,6 +53,27 @@ LATER = {
 _PACKAGES = ("drama_jax", "jax", "jaxlib", "flax", "optax", "chex", "numpy", "orbax-checkpoint", "envpool", "ale-py")
 
 
+class RunSettings(Protocol):
+    """A configuration of any kind of run: a dataclass that has at least these fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def agent(self) -> AgentConfig:
+        """What is trained."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Agent steps to train for."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        ...
+
+
 def check(logdir: pathlib.Path) -> None:
     """Raises a ConfigError if a run directory cannot be created below `logdir`; creates nothing."""
     if "\0" in str(logdir):
@@ -67,7 +88,7 @@ def check(logdir: pathlib.Path) -> None:
         raise ConfigError(f"--logdir {logdir}: {existing} cannot be written to; name a directory that can")
 
 
-def create(logdir: pathlib.Path, game: str, preset: str, config: RunConfig) -> pathlib.Path:
+def create(logdir: pathlib.Path, game: str, preset: str, config: RunSettings) -> pathlib.Path:
     """Creates the directory of a new run and writes its config.json.
 
     Raises:
@@ -96,7 +117,7 @@ def _new_directory(parent: pathlib.Path, name: str) -> pathlib.Path:
     raise OSError(f"{parent / name} and 999 more exist")
 
 
-def describe(game: str, preset: str, config: RunConfig) -> dict[str, Any]:
+def describe(game: str, preset: str, config: RunSettings) -> dict[str, Any]:
     """What reproduces a run: game, preset, resolved configuration, versions, device, commit."""
     return {"game": game, "preset": preset, "config": dataclasses.asdict(config), **environment()}
 

@@ -17,7 +17,7 @@ from micro import ARGUMENTS, compiled_fast
 
 from drama_jax.config import AgentConfig, ConfigError, preset
 from drama_jax.training import checkpoint, programs
-from experiments import atari100k, command_line, machine
+from experiments import atari100k, atari_options, machine
 
 # The agent of tests/faults, which is compiled once for both.
 VERY_SMALL = [*ARGUMENTS[2:], *"""
@@ -102,7 +102,7 @@ def test_the_checkpoint_holds_the_trained_agent(finished):
         "world_model": {"params", "batch_stats"},
         "behaviour": {"params", "normaliser"},
     }
-    _, config = command_line.parse(["--game", "Breakout", *VERY_SMALL], "x")
+    _, config = atari_options.parse(["--game", "Breakout", *VERY_SMALL], "x")
     expected = programs.shapes(config.agent, 4)
     for name in weights:
         assert jax.tree.map(np.shape, weights[name]["params"]) == jax.tree.map(np.shape, getattr(expected, name).params)

@@ -13,7 +13,7 @@ import pytest
 from drama_jax.config import ConfigError
 from drama_jax.envs import envpool_backend
 from drama_jax.training import checkpoint, resume
-from experiments import atari100k, envpool, envpool_options, evaluate
+from experiments import envpool, envpool_options, evaluate, machine
 
 VERY_SMALL = """
 --preset tiny --steps 24 --eval-episodes 2 --compilation-cache None --evaluation.num-envs 2
@@ -150,6 +150,8 @@ WRONG = [
     ("--task CheetahRun-v1 --seeds 0", "--seeds must be an integer from 1 to 1024, got 0"),
     ("--task CheetahRun-v1 --seed -1", "--seed must lie in [0, 2000000000], got -1"),
     ("--task CheetahRun-v1 --steps -1", "--steps must be >= 0, got -1"),
+    ("--task CheetahRun-v1 --max-skipped-updates 0", "--max-skipped-updates must be positive, got 0"),
+    ("--task CheetahRun-v1 --task Cheetah", "has no task 'Cheetah'"),
     ("--task CheetahRun-v1 --task-rules.max-episode-steps -1", "--task-rules.max-episode-steps must be >= 0, got -1"),
     (f"--task CheetahRun-v1 {AE}.vector-size 3", f"{AE}.vector-size must be 17 for CheetahRun-v1, got 3"),
     ("--task CheetahRun-v1 --game Pong", "Unrecognized options: --game"),
@@ -198,23 +200,23 @@ def test_help_needs_no_task(flag, capsys):
 
 
 def test_presets_are_fitted_to_the_task():
-    _, (tiny,) = envpool_options.parse(["--task", "HalfCheetah-v4", "--preset", "tiny", "--backbone", "gru"])
-    options, (xs, other) = envpool_options.parse(["--task", "WalkerWalk-v1", "--seeds", "2", "--sampler", "uniform"])
+    _, tiny = envpool_options.parse(["--task", "HalfCheetah-v4", "--preset", "tiny", "--backbone", "gru"])
+    options, xs = envpool_options.parse(["--task", "WalkerWalk-v1", "--seeds", "2", "--sampler", "uniform"])
     assert tiny.agent.world_model.autoencoder.vector_size == 17 and tiny.agent.world_model.backbone.name == "gru"
     assert xs.agent.world_model.autoencoder.vector_size == 24 and xs.agent.world_model.backbone.width == 512
-    assert xs.agent.replay.sampler == "uniform" and (xs.seed, other.seed, options.seeds) == (0, 1, 2)
+    assert xs.agent.replay.sampler == "uniform" and (xs.seed, options.seeds, options.game) == (0, 2, "WalkerWalk-v1")
     assert xs.evaluation.max_episode_steps == 27_000
 
 
 def test_a_failing_emulator_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
-    make = atari100k.machine.make_environment
+    make = machine.make_environment
 
     def failing(*arguments, **options):
         environment = make(*arguments, **options)
         monkeypatch.setattr(environment, "step", lambda actions: environment._vector(np.full((1, 17), np.nan)))
         return environment
 
-    monkeypatch.setattr(atari100k.machine, "make_environment", failing)
+    monkeypatch.setattr(machine, "make_environment", failing)
     run(tmp_path, *CHEETAH, code=1)
     error = capsys.readouterr().err
     assert "the emulator failed in step 0: RuntimeError: an observation is not finite" in error

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from drama_jax.training import checkpoint, programs, replay_log, resume
-from experiments import atari100k, command_line, machine
+from experiments import atari100k, atari_options, machine
 
 STEPS, WARMUP, EVERY = 48, 14, 10
 # The intervals of metrics and checkpoints do not fit each other, and the ring overwrites its oldest steps.
@@ -70,7 +70,7 @@ def metrics(run: pathlib.Path) -> list[dict[str, Any]]:
 def final(run: pathlib.Path) -> dict[str, Any]:
     """All that a run ends with: every array of agent and loop, the replay, the emulator, and the scores."""
     identity = resume.read(run)["id"]
-    _, config = command_line.parse(ARGUMENTS, "x")
+    _, config = atari_options.parse(ARGUMENTS, "x")
     snapshot, segments = checkpoint.load(run, identity)
     template = programs.shapes(config.agent, 4).replay
     memory = replay_log.with_rows(run, segments, snapshot.end, replay_log.without_rows(template), template)

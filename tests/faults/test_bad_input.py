@@ -60,7 +60,7 @@ from drama_jax.envs import jax_env, make_atari
 from drama_jax.envs.base import check_actions, unpack_state
 from drama_jax.envs.envpool_tasks import make_task
 from drama_jax.training import checkpoint, evaluation, in_graph, programs, random_play, scores
-from experiments import atari100k, command_line
+from experiments import atari100k, atari_options
 
 WM, AE, BB, BH = (
     "--agent.world-model",
@@ -154,7 +154,7 @@ FLAGS = [
 @pytest.mark.parametrize(("text", "line"), FLAGS)
 def test_a_wrong_flag_is_one_line(text, line, capsys):
     with pytest.raises(ConfigError) as error:
-        command_line.parse(["--game", "Pong", *text.split()], "program")
+        atari_options.parse(["--game", "Pong", *text.split()], "program")
     message = str(error.value)
     assert line in message and message.splitlines() == [message]
     assert capsys.readouterr() == ("", "")
@@ -209,7 +209,7 @@ def test_a_user_without_a_home_keeps_no_compiled_programs(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pathlib.Path, "expanduser", homeless)
-    options, _ = command_line.parse(["--game", "Pong"], "program")
+    options, _ = atari_options.parse(["--game", "Pong"], "program")
     assert options.compilation_cache is None
 
 

@@ -22,7 +22,7 @@ from drama_jax.replay import init
 from drama_jax.training import checkpoint, files, manifest, replay_log, resume, run_directory
 from drama_jax.training.checkpoint import Checkpoints, Snapshot
 from drama_jax.training.replay_log import Row, Segment
-from experiments import command_line
+from experiments import atari_options
 
 QUIET = settings(
     max_examples=60,
@@ -78,7 +78,7 @@ TOKENS = st.one_of(
 def test_any_command_line_is_a_run_or_one_line(capsys, game, parts):
     arguments = [*(["--game", "Pong"] if game else []), *(token for part in parts for token in part)]
     try:
-        _, config = command_line.parse(arguments, "program")
+        _, config = atari_options.parse(arguments, "program")
     except ConfigError as error:
         assert one_line(str(error)) and capsys.readouterr() == ("", "")
     except SystemExit as stop:
@@ -95,7 +95,7 @@ def test_any_command_line_is_a_run_or_one_line(capsys, game, parts):
 @example("--logging.tensorboard", "\u2028│ ")
 def test_any_override_of_one_field_is_taken_or_the_flag_named(name, value):
     try:
-        command_line.parse(["--game", "Pong", "--preset", "tiny", f"{name}={value}"], "program")
+        atari_options.parse(["--game", "Pong", "--preset", "tiny", f"{name}={value}"], "program")
     except ConfigError as error:
         group, _, field = name.rpartition(".")
         assert one_line(str(error)) and (field in str(error) or group in str(error))

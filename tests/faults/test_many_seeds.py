@@ -21,8 +21,8 @@ import experiments.runs
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, checkpoint, programs
 from drama_jax.training.together import Together
-from experiments import atari100k, command_line, machine, processes
-from experiments.command_line import Distributed
+from experiments import atari_options, machine, processes, runner, sweep
+from experiments.processes import Distributed
 
 UPDATES = 200
 LIMIT_S = 300.0
@@ -114,7 +114,7 @@ def assert_same_ends(one: dict[int, pathlib.Path], other: dict[int, pathlib.Path
 
 def test_the_update_is_compiled_once_for_its_memory_and_for_the_loop(whole, caplog):
     """The check asks for the program that the loop of `whole` has run, so JAX has it already."""
-    _, config = command_line.parse(ARGUMENTS, "x")
+    _, config = atari_options.parse(ARGUMENTS, "x")
     with jax.log_compiles():
         states, at_once = programs.update_bytes(config.agent, 4, Together(2))
     assert not [record for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
@@ -174,7 +174,7 @@ def test_ended_in_the_middle_of_saving_they_go_on_from_the_step_that_all_have(wh
 
 def test_seeds_that_are_finished_are_left_alone(whole, tmp_path, monkeypatch, capfd):
     """Killed in the second evaluation: the first seed has its scores."""
-    evaluate, calls = atari100k.evaluate, iter(range(1, 100))
+    evaluate, calls = runner.evaluate, iter(range(1, 100))
 
     def killed(*arguments):
         if next(calls) == 2:
@@ -182,7 +182,7 @@ def test_seeds_that_are_finished_are_left_alone(whole, tmp_path, monkeypatch, ca
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(atari100k, "evaluate", killed)
+        patch.setattr(runner, "evaluate", killed)
         main(tmp_path, "--seeds", "2")
     before = (runs(tmp_path)[0] / "scores.json").read_bytes()
     assert main(tmp_path, "--seeds", "2") == 0
@@ -320,10 +320,10 @@ def test_a_cluster_says_which_process_and_which_device_it_is(monkeypatch):
 def test_a_process_leaves_its_finished_agents_alone(tmp_path, monkeypatch, done):
     """Whatever the others' are: if all were begun anew, it would depend on who looks first."""
     flags = ["--seeds", "2", "--distributed.coordinator", "localhost:1", "--distributed.processes", "2"]
-    options, config = command_line.parse([*ARGUMENTS, *flags, "--distributed.process", "0"], "x")
-    planned = command_line.plan(options, config)
+    options, config = atari_options.parse([*ARGUMENTS, *flags, "--distributed.process", "0"], "x")
+    planned = sweep.plan(config, options.seeds, options.sweep)
     monkeypatch.setattr(experiments.runs, "finished", lambda _, __, one: tmp_path if one.config.seed in done else None)
     with contextlib.ExitStack() as stack:
         options = dataclasses.replace(options, logdir=tmp_path)
-        found = experiments.runs.prepare(options, "Breakout", planned, stack)
+        found = experiments.runs.prepare(options, "Breakout", planned, stack, shared=options.distributed.shared)
     assert {one.config.seed for one in found} == {0, 1} - done

@@ -7,11 +7,11 @@ import pathlib
 import pytest
 
 from drama_jax.config import PRESETS, ConfigError, preset
-from experiments import command_line
+from experiments import atari_options
 
 
 def parse(text: str):
-    return command_line.parse(text.split(), "program")
+    return atari_options.parse(text.split(), "program")
 
 
 @pytest.mark.parametrize("name", ["tiny", "xs", "s", "reference"])
@@ -22,7 +22,7 @@ def test_without_overrides_a_preset_is_what_config_says(name):
 
 
 def test_every_preset_is_offered():
-    assert set(command_line._PRESETS) == set(PRESETS)
+    assert set(atari_options._PRESETS) == set(PRESETS)
 
 
 def test_overrides_are_applied_over_the_preset_wherever_it_stands():
@@ -70,6 +70,7 @@ def test_backbone_and_behaviour_decide_the_defaults_of_the_others(name):
         ("--game Pong --preset huge", "--preset: unknown preset 'huge'; accepted: tiny, xs, s, reference"),
         ("--game Pong --steps -5", "--steps must be >= 0, got -5"),
         ("--game Pong --steps many", "--steps"),
+        ("--game Pong --max-skipped-updates 0", "--max-skipped-updates must be positive, got 0"),
         ("--game Pong --seed -1", "--seed must lie in"),
         ("--game Pong --env-backend gym", "--env-backend must be one of 'envpool', 'ale', got 'gym'"),
         (
