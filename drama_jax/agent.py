@@ -210,6 +210,9 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     wm = config.world_model
     params = state.world_model.params
     posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
+    end_key = None
+    if config.imagination.draw_terminations:
+        rollout_key, end_key = jax.random.split(rollout_key)
     latent = sample_posterior(wm, state.world_model, posterior_key, context.frames)
     horizon, unroll = config.imagination.horizon, config.imagination.unroll
     features, recurrent = world_model.open_window(
@@ -251,11 +254,12 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
         actions, hiddens = trajectory.actions.swapaxes(0, 1), trajectory.outputs[1].swapaxes(0, 1)
     # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
     caused = hiddens[:, 1:] if fidelity.reward_follows_action else hiddens[:, :-1]
+    ends = world_model.termination_logits(wm, params, caused)
     imagined = Imagined(
         features=features,
         actions=actions,
         rewards=distributions.two_hot_decode(world_model.reward_logits(wm, params, caused)),
-        terminations=world_model.termination_logits(wm, params, caused) > 0,
+        terminations=ends > 0 if end_key is None else jax.random.bernoulli(end_key, jax.nn.sigmoid(ends)),
     )
     return jax.lax.stop_gradient(imagined), normaliser
 

@@ -101,6 +101,23 @@ def assert_moved(before, after):
         assert np.any(old != new) or "conv_" in str(path), path
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_an_imagined_episode_ends_with_the_predicted_probability_or_where_it_is_likely(drawn):
+    whole = config("gru", "actor_critic")
+    rollouts = dataclasses.replace(whole.imagination, draw_terminations=drawn)
+    state = filled(dataclasses.replace(whole, imagination=rollouts))
+    head = state.world_model.params["termination_head"]["output"]
+    head["kernel"] *= 0
+    context = replay.gather(state.replay, np.arange(100, dtype=np.int32) % 12, CONTEXT)
+    imagine = quick_jit(lambda state: agent.imagine(state, context, jax.random.key(2))[0])
+    head["bias"] = np.log([3 / 7], dtype=np.float32)
+    ended = imagine(state).terminations
+    assert ended.shape == (100, HORIZON) and ended.dtype == bool
+    assert abs(ended.mean() - (0.3 if drawn else 0)) < 4 * np.sqrt(0.3 * 0.7 / ended.size)
+    head["bias"] += 20
+    assert imagine(state).terminations.all()
+
+
 def test_a_whole_update_with_rwkv_and_ppo():
     state = filled(config("rwkv", "ppo"))
     after, metrics = quick_jit(agent.update)(state, jax.tree.map(lambda x: x[17], transitions()))

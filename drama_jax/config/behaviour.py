@@ -22,6 +22,9 @@ class ImaginationConfig:
     horizon: int = 16
     unroll: int = 16
     """Imagined steps per iteration of the compiled loop; unrolled is faster on a GPU and slower to compile."""
+    draw_terminations: bool = False
+    """An imagined episode ends with the probability that is predicted. The released code ends it where that is above
+    one half, which leaves out every end that the model is not sure of."""
 
     def __post_init__(self) -> None:
         check_types(self)

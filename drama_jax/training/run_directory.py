@@ -42,6 +42,7 @@ LATER = {
     "agent/world_model/backbone/max_length": 128,
     "agent/world_model/backbone/dropout": 0.0,
     "agent/world_model/backbone/attention_dropout": 0.0,
+    "agent/imagination/draw_terminations": False,
     "agent/behaviour/name": "actor_critic",
     "agent/behaviour/epochs": 3,
     "agent/behaviour/minibatch_size": 16_384,
