@@ -25,15 +25,14 @@ from drama_jax import agent
 from drama_jax.action_space import Continuous
 from drama_jax.config import AnyRunConfig
 from drama_jax.envs.base import EmulatorError, Env, Observation, attempt
-from drama_jax.training import images, watch
+from drama_jax.training import watch
 from drama_jax.training.checkpoint import Checkpoints, Snapshot
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.loop_state import LoopState, Pending
 from drama_jax.training.programs import Programs
+from drama_jax.training.recording import Recorder
 from drama_jax.training.replay_log import Row
 from drama_jax.training.together import Together
-
-_MEASURED_UPDATES = 3
 
 
 @dataclasses.dataclass
@@ -153,25 +152,25 @@ class _Loop:
         stack: contextlib.ExitStack,
     ) -> None:
         self.config, self.members, self.state, self.together = config, members, state, together
-        self.progress, self.stop, self.on_measured, self.check = progress, stop, on_measured, check
+        self.progress, self.stop, self.check = progress, stop, check
         self.programs = Programs(together)
+        writers = [member.writer for member in members]
+        self.recorder = Recorder(config, writers, together, self.programs, progress, on_measured)
         acting = together.stack([agent.initial_acting(state, 1)] * together.count)
         self.now = LoopState.fresh(together, [member.key for member in members], acting)
         self.threads = None
         if together.count > 1:
             self.threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(together.count, "environment"))
         self.environments_known = True
-        self.unmeasured = 0  # of the seconds per step, how many are of earlier parts of the run
         self.start = time.perf_counter()
-        self.interval_start = self.start, 0  # (time, step) at which the metrics interval began
 
     def run(self) -> list[Training]:
         first = done = 0 if self.members[0].snapshot is None else self.members[0].snapshot.step
-        self.interval_start = self.start, done
         acting = self.now.acting
         stopped = fault = None
         try:
             observations = self.begin()
+            self.recorder.begin(done, len(self.now.step_seconds))
             act_keys = self.together.stack([seat.act_key for seat in self.now.seats])
             for step in range(done, self.config.steps):
                 before = time.perf_counter()
@@ -180,10 +179,12 @@ class _Loop:
                 done = step + 1
                 if done == self.config.steps:
                     self.feed()
-                self.record(done)
+                self.recorder.step(done, self.state, self.now)
+                if done == self.config.steps or done % self.config.logging.checkpoint_every == 0:
+                    self.save(done)
                 if step > self.config.agent.warmup_steps:
                     self.now.step_seconds.append(time.perf_counter() - before)
-                    self.estimate(done)
+                    self.recorder.estimate(done, self.now.step_seconds)
                 self.progress.advance()
                 if self.stop():
                     stopped = done
@@ -194,7 +195,7 @@ class _Loop:
             # Of several environments, some have played the step and some have not.
             self.environments_known = self.together.count == 1
         except watch.NotFiniteError as error:
-            fault = f"{error}{self.keep_batches(done)}"
+            fault = f"{error}{self.recorder.skipped_batches(done, self.state)}"
         if done > first and (stopped is not None or fault is not None):
             self.save(done)
         for member in self.members:
@@ -233,7 +234,6 @@ class _Loop:
         environments = [member.environment for member in self.members]
         with self.progress.part("the emulator, step by step") as on_step:
             observations = self.now.restore(snapshots, environments, on_step, self.progress.say)
-        self.unmeasured = len(self.now.step_seconds)
         return observations
 
     def step(self, step: int, observations: list[Observation], act_keys: jax.Array) -> list[Observation]:
@@ -296,59 +296,11 @@ class _Loop:
                 watch.check_invariants(self.together.agent(self.state, index), self.now.fed)
 
     def end_episode(self, index: int, steps_done: int) -> None:
-        """Logs an agent's episode that has just ended."""
+        """Notes and logs an agent's episode that has just ended."""
         seat = self.now.seats[index]
         seat.returns.append((steps_done, seat.episode_return))
-        values = {"charts/episodic_return": seat.episode_return, "charts/episodic_length": float(seat.episode_length)}
-        self.members[index].writer.scalars(steps_done, values)
-        self.progress.show(last_return=f"{seat.episode_return:g}")
+        self.recorder.episode(index, steps_done, seat.episode_return, seat.episode_length)
         seat.episode_return, seat.episode_length = 0.0, 0
-
-    def record(self, steps_done: int) -> None:
-        """Writes metrics, images and checkpoints where they are due: at intervals and at the end."""
-        logging, end = self.config.logging, steps_done == self.config.steps
-        if end or steps_done % logging.metrics_every == 0:
-            self.record_metrics(steps_done)
-        images_due = not self.config.agent.world_model.autoencoder.vector_size and (
-            end or steps_done % logging.images_every == 0
-        )
-        if images_due and self.now.fed > self.config.agent.warmup_steps:
-            keys = [jax.random.fold_in(seat.image_key, steps_done) for seat in self.now.seats]
-            pictures = jax.device_get(self.programs.pictures(self.state, self.together.stack(keys)))
-            for index, member in enumerate(self.members):
-                images.write(member.writer, steps_done, *self.together.agent(pictures, index))
-        if end or steps_done % logging.checkpoint_every == 0:
-            self.save(steps_done)
-
-    def record_metrics(self, steps_done: int) -> None:
-        """One line of metrics per agent."""
-        values = self.now.metrics.fetch() | jax.device_get(self.programs.metrics(self.state))
-        now = time.perf_counter()
-        then, step_then = self.interval_start
-        self.interval_start = now, steps_done
-        speed = {"charts/SPS": (steps_done - step_then) / (now - then)}
-        own = [self.together.of_host(values, index) for index in range(self.together.count)]
-        for member, scalars in zip(self.members, own):
-            member.writer.scalars(steps_done, {tag: float(value) for tag, value in scalars.items()} | speed)
-        for scalars in own:
-            watch.check_skipped(float(scalars["guard/skipped_in_a_row"]), self.config.max_skipped_updates)
-
-    def keep_batches(self, steps_done: int) -> str:
-        """Writes the batches of skipped world-model updates; returns where they are, to be appended to a message."""
-        paths = []
-        for index, member in enumerate(self.members):
-            batch = watch.skipped_batch(self.state, () if self.together.count == 1 else (index,))
-            paths.append(None if batch is None else member.writer.arrays(steps_done, "not-finite", batch))
-        written = [str(path) for path in paths if path is not None]
-        return f"; their last batch is in {', '.join(written)}" if written else ""
-
-    def estimate(self, steps_done: int) -> None:
-        """Reports the speed once, after `_MEASURED_UPDATES` updates that compiled nothing."""
-        seconds = self.now.step_seconds[self.unmeasured :]
-        if len(seconds) == 1 + _MEASURED_UPDATES:
-            message = self.on_measured(float(np.mean(seconds[1:])), self.config.steps - steps_done)
-            if message:
-                self.progress.say(message)
 
     def seconds(self) -> float:
         """Wall clock of all parts of the run so far."""
