@@ -52,6 +52,18 @@ def episodes(directory: pathlib.Path) -> list[tuple[int, float]]:
     return [(line["step"], line[tag]) for line in lines if tag in line]
 
 
+def final_metrics(directories: Sequence[pathlib.Path], steps: int) -> dict[str, list[float]]:
+    """By tag, for each run, the mean of what learning logged in the last 1 / LAST of the steps."""
+    found: dict[str, list[float]] = {}
+    for directory in directories:
+        lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        late = [line for line in lines if "actor_critic/entropy" in line and line["step"] > steps - steps / LAST]
+        for tag in sorted(late[0]) if late else ():
+            if tag.startswith(("actor_critic/", "world_model/")):
+                found.setdefault(tag, []).append(float(f"{np.mean([line[tag] for line in late]):.4g}"))
+    return found
+
+
 def collect(directories: Sequence[pathlib.Path]) -> dict[str, Any]:
     """The curves of finished runs of one command, from their files.
 
@@ -76,6 +88,11 @@ def collect(directories: Sequence[pathlib.Path]) -> dict[str, Any]:
         "steps": steps,
         "seeds": [run["seed"] for run in runs],
         "final_returns": [mean_between(run["training_returns"], steps - steps / LAST, steps) for run in runs],
+        "final_ends_per_step": [
+            round(sum(step > steps - steps / LAST for step, _ in run["training_returns"]) * LAST / steps, 5)
+            for run in runs
+        ],
+        "final_metrics": final_metrics(directories, steps),
         "wall_clock_s": round(max(run["wall_clock_s"] for run in runs), 1),
         "device": runs[0]["device"],
         "commit": runs[0]["commit"],

@@ -211,6 +211,7 @@ def test_the_table_has_every_seed_the_mean_and_its_standard_error(logdir):
     assert results["seeds"] == [3, 4] and results["steps"] == STEPS and results["env"] == NAME
     assert (logdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(results["curves"]) == 2 and len(results["curves"][0]) == len(results["curve_steps"])
+    assert results["final_ends_per_step"] == [0, 0] and len(results["final_metrics"]["actor_critic/entropy"]) == 2
     assert results["random_episodes"] == 3 and results["random_returns"] == [0, 0]  # the ball never lands
     results |= {"random_returns": [-1.0, -0.5], "final_returns": [0.5, None], "env": "Catch-bsuite"}
     assert jax_curves.table(results).splitlines() == [
