@@ -24,13 +24,13 @@ import optax
 
 from drama_jax import checks, distributions, optim
 from drama_jax.behaviour import networks, normalisers, policies
-from drama_jax.behaviour.actor_critic import (
+from drama_jax.behaviour.returns import targets
+from drama_jax.behaviour.state import (
     BehaviourState,
     Params,
     action_log_probs,
     check_rollouts,
     policy_logits,
-    targets,
     value_logits,
 )
 from drama_jax.config import BehaviourConfig, Fidelity, OptimizerConfig

@@ -1,4 +1,4 @@
-"""Lambda-returns (Drama, arXiv 2410.08893, section 2.3; DreamerV2, arXiv 2010.02193, equation 4)."""
+"""What the critic learns: lambda-returns (Drama, arXiv 2410.08893, section 2.3; DreamerV2, 2010.02193, equation 4)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from drama_jax import checks
+from drama_jax.config import BehaviourConfig, Fidelity
 
 _Affine = tuple[jax.Array, jax.Array]
 
@@ -61,3 +62,38 @@ def survival(continues: jax.Array) -> jax.Array:
     checks.arrays("survival", continues=(continues, (..., "T"), "float"))
     reached = jnp.cumprod(continues[..., :-1], axis=-1)
     return jnp.concatenate([jnp.ones_like(continues[..., :1]), reached], axis=-1)
+
+
+def targets(
+    config: BehaviourConfig,
+    fidelity: Fidelity,
+    values: jax.Array,
+    slow_values: jax.Array,
+    rewards: jax.Array,
+    terminations: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the critic learns, and how much each step counts.
+
+    Args:
+      config: discount and lambda.
+      fidelity: `bootstrap_next_value` and `weight_by_survival` are read here.
+      values, slow_values: [B, L+1], of the critic and the slow critic.
+      rewards: [B, L].
+      terminations: [B, L] bool.
+
+    Returns:
+      Lambda-returns by either critic [B, L], and weights [B, L] of the steps, all in the values' dtype.
+    """
+    rewards = rewards.astype(values.dtype)
+    continues = 1 - terminations.astype(values.dtype)
+    # Online and slow critic side by side: one scan for both returns.
+    returns, slow_returns = lambda_returns(
+        jnp.stack([rewards] * 2),
+        jnp.stack([values, slow_values]),
+        jnp.stack([continues] * 2),
+        config.discount,
+        config.lambda_,
+        bootstrap_next_value=fidelity.bootstrap_next_value,
+    )
+    weights = survival(continues) if fidelity.weight_by_survival else jnp.ones_like(continues)
+    return returns, slow_returns, weights

@@ -15,7 +15,7 @@ import pytest
 
 from drama_jax import backbones
 from drama_jax import ssd as ssd_module
-from drama_jax.backbones import mamba2
+from drama_jax.backbones import mamba2_mixer
 from drama_jax.config import BackboneConfig, ConfigError
 from drama_jax.ssd import default_implementation, fused, ssd
 from drama_jax.ssd.fused import default_tiles, ssd_pallas
@@ -222,7 +222,7 @@ def test_the_whole_backbone_honours_resets_through_the_kernels(monkeypatch):
         calls.append(chunk_size)
         return ssd(*args, implementation="pallas", interpret=True, **options)
 
-    monkeypatch.setattr(mamba2, "ssd", kernels_only)
+    monkeypatch.setattr(mamba2_mixer, "ssd", kernels_only)
     actual = quick_jit(lambda *args: module.apply(*args, segment_ids=ids))(params, latent, action)
     assert len(calls) == 1
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected)
