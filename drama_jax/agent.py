@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 
-from drama_jax import checks, distributions, guard, imagination, replay, world_model
+from drama_jax import checks, guard, replay, world_model
 from drama_jax.acting import Acting, EncodedActing, act, initial_acting, initial_encoded_acting
+from drama_jax.agent_imagination import Imagined, imagine
+from drama_jax.agent_inspection import imagine_video, reconstruct, state_metrics
 from drama_jax.agent_state import (
     AgentState,
     Hyper,
@@ -32,10 +31,9 @@ from drama_jax.agent_state import (
     resolve,
     sample_latent,
 )
-from drama_jax.behaviour import actor_critic, normalisers, ppo
-from drama_jax.latents import sample_posterior, sample_prior
+from drama_jax.behaviour import actor_critic, ppo
 from drama_jax.precision import at_least_float32
-from drama_jax.replay import Batch, Replay, Transition
+from drama_jax.replay import Replay, Transition
 
 __all__ = [
     "Acting",
@@ -65,16 +63,6 @@ __all__ = [
 ]
 
 Metrics = dict[str, jax.Array]
-
-
-@flax.struct.dataclass
-class Imagined:
-    """Imagined experience, batch-major."""
-
-    features: jax.Array  # [B, L + 1, S + D] compute dtype
-    actions: jax.Array  # [B, L] int32, or [B, L, A] float32
-    rewards: jax.Array  # [B, L] at least float32
-    terminations: jax.Array  # [B, L] bool
 
 
 def observe(state: AgentState, transition: Transition) -> AgentState:
@@ -190,142 +178,3 @@ def sample_contexts(state: AgentState, key: jax.Array) -> tuple[jax.Array, Repla
         ratio=im.batch_size / config.world_model.batch_size,
         tau=state.hyper.imagination_tau,
     )
-
-
-@jax.named_scope("imagination")
-def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined, normalisers.InputNormaliser]:
-    """Imagined rollouts that continue real windows, in evaluation mode (paper section 2.3).
-
-    Args:
-      state: whose world model and policy to use.
-      context: real steps [B, context, ...].
-      key: consumed.
-
-    Returns:
-      The rollouts, and the policy's input statistics (moved only if `normalise_by_training_data` is off).
-    """
-    checks.instances("agent.imagine", state=(state, AgentState), context=(context, Batch))
-    checks.key("agent.imagine", key)
-    config, fidelity = state.config, state.config.fidelity
-    wm = config.world_model
-    params = state.world_model.params
-    posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
-    end_key = None
-    if config.imagination.draw_terminations:
-        rollout_key, end_key = jax.random.split(rollout_key)
-    latent = sample_posterior(wm, state.world_model, posterior_key, context.frames)
-    horizon, unroll = config.imagination.horizon, config.imagination.unroll
-    features, recurrent = world_model.open_window(
-        wm,
-        params,
-        latent,
-        context.actions,
-        num_actions=state.num_actions,
-        horizon=horizon,
-        segment_ids=episode_segments(fidelity, context.firsts),
-        unrolled=unroll >= horizon,
-    )
-    hidden = features[:, -1]
-    latent = sample_prior(wm, params, prior_key, hidden)
-
-    def policy(carry: Any, output: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        recurrent, normaliser = carry
-        latent, hidden = output
-        parts = (latent, hidden.astype(latent.dtype))
-        if not fidelity.normalise_by_training_data:
-            normaliser = normalisers.update(normaliser, jnp.concatenate(parts, axis=-1))
-        actions = actor_critic.sample_actions(config.behaviour, state.behaviour.params, normaliser, parts, key)
-        return (recurrent, normaliser), actions
-
-    def model(carry: Any, output: Any, action: jax.Array, key: jax.Array) -> tuple[Any, Any]:
-        recurrent, normaliser = carry
-        latent, _ = output
-        hidden, recurrent = world_model.step(wm, params, recurrent, latent, action, num_actions=state.num_actions)
-        return (recurrent, normaliser), (sample_prior(wm, params, key, hidden), hidden)
-
-    start = ((recurrent, state.behaviour.normaliser), (latent, hidden))
-    if unroll >= horizon:
-        outputs, steps, (_, normaliser) = imagination.rollout_steps(model, policy, start, horizon, rollout_key)
-        features, actions = _side_by_side(outputs), jnp.stack(steps, axis=1)
-        hiddens = jnp.stack([hidden for _, hidden in outputs], axis=1)
-    else:
-        trajectory, (_, normaliser) = imagination.rollout(model, policy, start, horizon, rollout_key, unroll=unroll)
-        features = policy_input(state, *trajectory.outputs).swapaxes(0, 1)
-        actions, hiddens = trajectory.actions.swapaxes(0, 1), trajectory.outputs[1].swapaxes(0, 1)
-    # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
-    caused = hiddens[:, 1:] if fidelity.reward_follows_action else hiddens[:, :-1]
-    ends = world_model.termination_logits(wm, params, caused)
-    imagined = Imagined(
-        features=features,
-        actions=actions,
-        rewards=distributions.two_hot_decode(world_model.reward_logits(wm, params, caused)),
-        terminations=ends > 0 if end_key is None else jax.random.bernoulli(end_key, jax.nn.sigmoid(ends)),
-    )
-    return jax.lax.stop_gradient(imagined), normaliser
-
-
-def _side_by_side(outputs: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """z [B, S] and d [B, D] of all steps as the behaviour's features [B, L + 1, S + D], in z's dtype."""
-    dtype = outputs[0][0].dtype
-    flat = jnp.concatenate([x.astype(dtype) for output in outputs for x in output], axis=-1)
-    # All in one copy: left to itself XLA makes three of them, through layouts in between.
-    return jax.lax.optimization_barrier(flat).reshape(flat.shape[0], len(outputs), -1)
-
-
-def reconstruct(state: AgentState, frames: jax.Array, key: jax.Array) -> jax.Array:
-    """Frames through the autoencoder: [..., *frame] -> float of the same shape, images in 0..1."""
-    checks.instances("agent.reconstruct", state=(state, AgentState))
-    latent = sample_posterior(state.config.world_model, state.world_model, key, frames)
-    return world_model.decode(state.config.world_model, state.world_model, latent)
-
-
-def imagine_video(state: AgentState, batch: Batch, key: jax.Array, context: int) -> jax.Array:
-    """Open-loop prediction: reconstructions of `context` real steps, then what the model dreams under the real actions.
-
-    Args:
-      batch: real steps [B, T, ...], T > context.
-      key: consumed.
-      context: how many steps the model sees (static).
-
-    Returns:
-      Frames in 0..1 [B, T, height, width, channels], or vectors [B, T, O].
-    """
-    checks.instances("agent.imagine_video", state=(state, AgentState), batch=(batch, Batch))
-    checks.key("agent.imagine_video", key)
-    checks.integers("agent.imagine_video", 1, batch.actions.shape[1] - 1, context=context)
-    wm, params = state.config.world_model, state.world_model.params
-    posterior_key, prior_key, rollout_key = jax.random.split(key, 3)
-    latents = sample_posterior(wm, state.world_model, posterior_key, batch.frames[:, :context])
-    features, recurrent = world_model.observe(
-        wm,
-        params,
-        latents,
-        batch.actions[:, :context],
-        num_actions=state.num_actions,
-        segment_ids=episode_segments(state.config.fidelity, batch.firsts[:, :context]),
-    )
-    latent = sample_prior(wm, params, prior_key, features[:, -1])
-
-    def body(carry: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        recurrent, latent = carry
-        action, key = inputs
-        hidden, recurrent = world_model.step(wm, params, recurrent, latent, action, num_actions=state.num_actions)
-        return (recurrent, sample_prior(wm, params, key, hidden)), latent
-
-    actions = batch.actions[:, context:].swapaxes(0, 1)
-    _, dreamt = jax.lax.scan(body, (recurrent, latent), (actions, jax.random.split(rollout_key, actions.shape[0])))
-    latents = jnp.concatenate([latents, dreamt.swapaxes(0, 1)], axis=1)
-    return world_model.decode(wm, state.world_model, latents)
-
-
-def state_metrics(state: AgentState) -> Metrics:
-    """Replay size, quantiles of the DFS counters over the stored steps, skipped updates; by TensorBoard tag."""
-    memory = state.replay
-    held = jnp.arange(memory.capacity) < memory.size
-    metrics = {"replay/size": memory.size.astype(jnp.float32)}
-    levels = {"q10": 0.1, "q50": 0.5, "q90": 0.9, "max": 1.0}
-    for name, counter in (("trained", memory.counters.trained), ("imagined", memory.counters.imagined)):
-        counts = jnp.where(held, counter.astype(jnp.float32), jnp.nan)
-        quantiles = jnp.nanquantile(counts, jnp.asarray(list(levels.values())))
-        metrics |= {f"dfs/{name}_{level}": quantile for level, quantile in zip(levels, quantiles, strict=True)}
-    return metrics | guard.metrics(state.guard)
