@@ -2,6 +2,7 @@
 
     python -m benchmarks.update_step --preset xs
     python -m benchmarks.update_step --preset xs --backbone rwkv --behaviour ppo
+    python -m benchmarks.update_step --preset xs --actions 4
 
 Stages are timed twice: `median_ms` waits for the device after every call (dispatch included), `queued_ms` queues
 calls as the training loop does. Frames are random; the time does not depend on what they show. `floor_ms` is explained
@@ -30,15 +31,15 @@ from experiments import machine
 ACTIONS = 18
 
 
-def filled_state(config: Any, stored: int) -> agent.AgentState:
-    """An agent whose replay holds `stored` random steps."""
-    state = jax.jit(agent.init, static_argnums=(1, 2))(jax.random.key(0), config, ACTIONS)
+def filled_state(config: Any, stored: int, num_actions: int = ACTIONS) -> agent.AgentState:
+    """An agent of a game with `num_actions` actions, whose replay holds `stored` random steps."""
+    state = jax.jit(agent.init, static_argnums=(1, 2))(jax.random.key(0), config, num_actions)
     rng = np.random.default_rng(0)
     n = state.replay.capacity
     memory = dataclasses.replace(
         state.replay,
         frames=jax.random.bits(jax.random.key(1), state.replay.frames.shape, jnp.uint8),
-        actions=jnp.asarray(rng.integers(0, ACTIONS, n), jnp.int32),
+        actions=jnp.asarray(rng.integers(0, num_actions, n), jnp.int32),
         rewards=jnp.asarray(rng.integers(0, 2, n), jnp.float32),
         firsts=jnp.asarray(rng.random(n) < 1e-3),
         position=jnp.asarray(stored % n, jnp.int32),
@@ -123,16 +124,18 @@ def main() -> None:
     parser.add_argument("--behaviour", choices=typing.get_args(BehaviourName), default="actor_critic")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--stored", type=int, default=20_000, help="steps in the replay")
+    parser.add_argument("--actions", type=int, default=ACTIONS, help="of the game; the bars are for all 18")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="directory of the result file")
     arguments = parser.parse_args()
     machine.set_xla_flags(deterministic=False)  # as a run does
     config = preset(arguments.preset, arguments.backbone, arguments.behaviour).agent
-    state = filled_state(config, min(arguments.stored, config.replay.capacity))
+    state = filled_state(config, min(arguments.stored, config.replay.capacity), arguments.actions)
     state, rows = timed_stages(state, arguments.preset, arguments.repeats)
     if (arguments.backbone, arguments.behaviour) == ("mamba2", "actor_critic"):
         floors.add(rows, state, "median_ms")
     else:
         rows = [row | {"backbone": arguments.backbone, "behaviour": arguments.behaviour} for row in rows]
+    rows = [row | {"actions": arguments.actions} for row in rows]
     common.write_result("update_step", rows, arguments.out)
 
 

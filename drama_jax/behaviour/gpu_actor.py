@@ -24,6 +24,9 @@ from drama_jax.nn.gpu_sample import gumbel, is_power_of_two, partitioned_threefr
 
 _ROWS = 16
 """Rows of a program: the fewest that a matrix unit takes."""
+_ACTIONS = 32
+"""Fewest columns of the logits' product. With 16 of them eight warps share out its depth instead: five times the matrix
+instructions, and registers spill."""
 _WARPS, _STAGES = 8, 3
 
 
@@ -58,7 +61,7 @@ def choose_actions(
     batch, dtype = parts[0].shape[0], parts[0].dtype
     units, actions = params["output"]["kernel"].shape
     layers = sum(name.startswith("hidden_") for name in params)
-    padded = max(16, pl.next_power_of_2(actions))
+    padded = max(_ACTIONS, pl.next_power_of_2(actions))
     operands = [jax.random.key_data(key), normaliser.mean, scale(normaliser), *parts]
     for i in range(layers):
         dense = params[f"hidden_{i}"]

@@ -83,3 +83,18 @@ def test_lowers_for_cuda(actor):
     parts = [jax.ShapeDtypeStruct((B, size), jnp.bfloat16) for size in (S, D)]
     text = lower_for_cuda(lambda *arguments: gpu_actor.choose_actions(KEY, *arguments), parts, normaliser, params)
     assert "triton" in text
+
+
+def test_a_game_of_few_actions_has_the_kernel_of_all_18():
+    """A narrower product of the logits spills registers: a step of Breakout took 0.9 ms more than one of Krull."""
+
+    def operands(num_actions):
+        net = networks.MLP(3, U, num_actions, jnp.float32)
+        params = jax.eval_shape(net.init, KEY, jax.ShapeDtypeStruct((1, S + D), jnp.float32))["params"]
+        mean = jax.ShapeDtypeStruct((S + D,), jnp.float32)
+        normaliser = normalisers.InputNormaliser(mean, mean, jax.ShapeDtypeStruct((), jnp.float32))
+        jaxpr = jax.make_jaxpr(gpu_actor.choose_actions)(KEY, features(5), normaliser, params)
+        (kernel_call,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "pallas_call")
+        return [variable.aval.shape for variable in kernel_call.invars]
+
+    assert operands(4) == operands(18) != operands(33)
