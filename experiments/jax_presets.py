@@ -219,7 +219,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[AllOptions, InGraphConfig, j
         shape = jax_env.observation_shape(env, params)
     except ConfigError as error:
         raise ConfigError(f"--env: {error}") from None
-    if len(shape) == 1 and not _given(arguments, "preset"):
+    if len(shape) == 1 and command_line.given(arguments, "preset") is None:
         preset, base = "vector", PRESETS["vector"]()
     base = dataclasses.replace(base, env=name, agent=fitted(base.agent, shape))
     options = command_line.parse_plain(AllOptions, arguments, PROGRAM, None, _defaults(AllOptions, preset, base))
@@ -266,18 +266,12 @@ def fitted(agent: AgentConfig, shape: tuple[int, ...]) -> AgentConfig:
     return dataclasses.replace(agent, world_model=dataclasses.replace(agent.world_model, autoencoder=autoencoder))
 
 
-def _given(arguments: Sequence[str], flag: str) -> bool:
-    return any(argument.partition("=")[0] == f"--{flag}" for argument in arguments)
-
-
 def _env(arguments: Sequence[str]) -> str:
-    """What --env is given, before anything else is parsed, because it decides the defaults of others."""
-    for index, argument in enumerate(arguments):
-        if argument == "--env" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith("--env="):
-            return argument.removeprefix("--env=")
-    raise ConfigError("--env is missing; name a JAX environment, for example --env Catch-bsuite")
+    """What --env is given, because it decides the defaults of others."""
+    name = command_line.given(arguments, "env")
+    if name is None:
+        raise ConfigError("--env is missing; name a JAX environment, for example --env Catch-bsuite")
+    return name
 
 
 def _defaults(kind: type[Any], preset: str, base: InGraphConfig) -> Any:
