@@ -211,17 +211,17 @@ class _Files:
 
     def write(self, done: int, seconds: float, history: dict[str, np.ndarray], metrics: dict[str, np.ndarray]) -> None:
         """The episodes and the metrics of a chunk that ended with step `done`."""
-        steps = len(history["lasts"])
+        steps, before = len(history["lasts"]), self._seconds
         self._seconds += seconds
         for index in np.flatnonzero(history["lasts"]):
             values = {
                 "charts/episodic_return": float(history["returns"][index]),
                 "charts/episodic_length": float(history["lengths"][index]),
             }
-            self._writer.scalars(done - steps + int(index) + 1, values)
-        self._writer.scalars(
-            done, {tag: float(value) for tag, value in metrics.items()} | {"charts/SPS": steps / seconds}
-        )
+            step = int(index) + 1  # of the chunk; when within it nobody has looked, so its time is shared out evenly
+            self._writer.scalars(done - steps + step, before + seconds * step / steps, values)
+        values = {tag: float(value) for tag, value in metrics.items()} | {"charts/SPS": steps / seconds}
+        self._writer.scalars(done, self._seconds, values)
 
     def save(self, done: int, values: dict[str, np.ndarray]) -> None:
         """Starts to write a checkpoint of step `done`."""

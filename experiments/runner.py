@@ -185,7 +185,7 @@ def evaluate_all(
 ) -> bool:
     """Evaluates and reports one run after the other; whether all are done (not if `stop` has ended it)."""
     for one, training in zip(runs, trainings):
-        returns = None if training.stopped else evaluate(one, training.state, _keys(one)[2], stop)
+        returns = None if training.stopped else evaluate(one, training, _keys(one)[2], stop)
         if returns is None:
             return False
         before = training.wall_clock_s - training.this_part_s
@@ -193,7 +193,9 @@ def evaluate_all(
     return True
 
 
-def evaluate(this: Run[Played], state: Any, key: jax.Array, stop: Callable[[], bool]) -> list[float] | None:
+def evaluate(
+    this: Run[Played], training: loop.Training, key: jax.Array, stop: Callable[[], bool]
+) -> list[float] | None:
     """Plays the evaluation episodes and logs their mean; None if `stop` has ended it.
 
     Raises:
@@ -212,7 +214,7 @@ def evaluate(this: Run[Played], state: Any, key: jax.Array, stop: Callable[[], b
     ):
         try:
             returns = evaluation.evaluate(
-                state, environment, episodes, key, on_episode=lambda _: progress.advance(), stop=stop
+                training.state, environment, episodes, key, on_episode=lambda _: progress.advance(), stop=stop
             )
         except EmulatorError as error:
             raise Failed(f"the emulator failed in the evaluation: {error}. The same command repeats it") from error
@@ -220,7 +222,8 @@ def evaluate(this: Run[Played], state: Any, key: jax.Array, stop: Callable[[], b
             return None
         result = scores.summary(this.game, returns)
         values = {"eval/episodic_return": result["mean"], "eval/human_normalised_score": result["human_normalised"]}
-        writer.scalars(config.steps, {tag: value for tag, value in values.items() if value is not None})
+        known = {tag: value for tag, value in values.items() if value is not None}
+        writer.scalars(config.steps, training.wall_clock_s, known)
     return returns
 
 

@@ -1,6 +1,7 @@
 """Helpers shared by tests."""
 
 import functools
+import json
 
 import flax.traverse_util
 import jax
@@ -17,6 +18,17 @@ def lower_for_cuda(function, *arguments):
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def metrics_lines(run):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_but_for_the_clock(run):
+    """Likewise, without what depends on how fast the machine is."""
+    clock = ("seconds", "charts/SPS")
+    return [{tag: value for tag, value in line.items() if tag not in clock} for line in metrics_lines(run)]
 
 
 def named(data, prefix):

@@ -82,10 +82,17 @@ class Writer:
         self._failing = False
         self._board = Board(directory / "tensorboard", start) if config.tensorboard else None
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and one point per tag. A number that is not finite becomes null in the JSON."""
+    def scalars(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and one point per tag. A number that is not finite becomes null in the JSON.
+
+        Args:
+          step: Agent steps done.
+          seconds: Of training so far, as `clock.Clock` counts them; lines of older versions lack them.
+          values: By tag.
+        """
         finite = {tag: float(value) if math.isfinite(value) else None for tag, value in values.items()}
-        self._waiting += (json.dumps({"step": step, **finite}) + "\n").encode()
+        line = {"step": step, "seconds": round(seconds, 3), **finite}
+        self._waiting += (json.dumps(line) + "\n").encode()
         with self._tolerant():
             while self._waiting:
                 self._waiting = self._waiting[self._lines.write(self._waiting) :]

@@ -162,7 +162,6 @@ class _Loop:
         if together.count > 1:
             self.threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(together.count, "environment"))
         self.environments_known = True
-        self.start = time.perf_counter()
 
     def run(self) -> list[Training]:
         first = done = 0 if self.members[0].snapshot is None else self.members[0].snapshot.step
@@ -170,7 +169,7 @@ class _Loop:
         stopped = fault = None
         try:
             observations = self.begin()
-            self.recorder.begin(done, len(self.now.step_seconds))
+            self.recorder.begin(done, self.now)
             act_keys = self.together.stack([seat.act_key for seat in self.now.seats])
             for step in range(done, self.config.steps):
                 before = time.perf_counter()
@@ -206,8 +205,9 @@ class _Loop:
 
     def results(self, stopped: int | None, fault: str | None) -> list[Training]:
         """What came of the run, one per member."""
+        clock = self.now.clock
+        part = clock.part
         median = 1e3 * float(np.median(self.now.step_seconds)) if self.now.step_seconds else None
-        part = time.perf_counter() - self.start
         states = [self.state]
         if self.together.count > 1:
             # A copy of every replay would need as much memory again.
@@ -217,7 +217,7 @@ class _Loop:
             Training(
                 state=state,
                 returns=seat.returns,
-                wall_clock_s=self.now.seconds_before + part,
+                wall_clock_s=clock.before + part,
                 this_part_s=part,
                 ms_per_step=median,
                 stopped=stopped,
@@ -299,12 +299,8 @@ class _Loop:
         """Notes and logs an agent's episode that has just ended."""
         seat = self.now.seats[index]
         seat.returns.append((steps_done, seat.episode_return))
-        self.recorder.episode(index, steps_done, seat.episode_return, seat.episode_length)
+        self.recorder.episode(index, steps_done, seat, self.now.clock)
         seat.episode_return, seat.episode_length = 0.0, 0
-
-    def seconds(self) -> float:
-        """Wall clock of all parts of the run so far."""
-        return self.now.seconds_before + time.perf_counter() - self.start
 
     def save(self, steps_done: int) -> None:
         """Starts to save the run as it is after `steps_done` steps, where that is wanted and has not been done."""
@@ -314,7 +310,7 @@ class _Loop:
         if all(checkpoints.saved == steps_done for checkpoints in wanted):
             return
         environments = [member.environment if self.environments_known else None for member in self.members]
-        snapshots = self.now.snapshots(steps_done, self.state, environments, self.seconds(), self.progress.say)
+        snapshots = self.now.snapshots(steps_done, self.state, environments, self.progress.say)
         for member, snapshot in zip(self.members, snapshots):
             if member.checkpoints is not None and member.checkpoints.saved != steps_done:
                 member.checkpoints.save(snapshot)

@@ -15,6 +15,7 @@ import numpy as np
 from drama_jax.envs.base import Env, Observation, StateMismatch, attempt
 from drama_jax.training import arrays, replay_log
 from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.clock import Clock
 from drama_jax.training.logging import MeanMetrics
 from drama_jax.training.replay_log import Row
 from drama_jax.training.together import Together
@@ -91,24 +92,21 @@ class LoopState:
     """Transitions each agent has been given."""
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     """Of every step with an update."""
-    seconds_before: float = 0.0
-    """Wall clock of earlier parts of the run."""
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    """Of all parts of the run."""
 
     @classmethod
     def fresh(cls, together: Together, keys: Sequence[jax.Array], acting: Any) -> LoopState:
         """At step 0. The keys, one per agent, are consumed."""
         return cls(together, [Seat.fresh(key) for key in keys], acting)
 
-    def snapshots(
-        self, step: int, state: Any, environments: Sequence[Env | None], seconds: float, say: Say
-    ) -> list[Snapshot]:
+    def snapshots(self, step: int, state: Any, environments: Sequence[Env | None], say: Say) -> list[Snapshot]:
         """Copies of everything on the host, one per agent, which later steps do not change. Waits for the device.
 
         Args:
           step: Agent steps done.
           state: `AgentState` of all agents.
           environments: One per agent, their states are asked for; None for one whose state is of no use.
-          seconds: Wall clock of the run so far.
           say: Shows a message to the user, if an environment has failed and gives no state.
         """
         common = {
@@ -117,13 +115,14 @@ class LoopState:
             "metrics": self.metrics.sums,
         }
         device = arrays.to_host(common)
+        counts = {"metrics_count": self.metrics.count, "seconds": self.clock.total}
         return [
             Snapshot(
                 step=step,
                 end=self.fed,
                 device=self.together.of_host(device, index)
                 | arrays.to_host({"keys": {"act": seat.act_key, "image": seat.image_key}}),
-                header=seat.header() | {"metrics_count": self.metrics.count, "seconds": seconds},
+                header=seat.header() | counts,
                 host=self._host(index, environment, say),
             )
             for index, (seat, environment) in enumerate(zip(self.seats, environments, strict=True))
@@ -168,7 +167,7 @@ class LoopState:
             seat.restore(snapshot)
         self._restore_device(snapshots)
         first = snapshots[0]
-        self.fed, self.seconds_before = first.end, first.header["seconds"]
+        self.fed, self.clock.before = first.end, first.header["seconds"]
         self.step_seconds = first.host["step_seconds"].tolist()
         if "pending_frames" in first.host:
             columns = ([snapshot.host[f"pending_{name}"] for snapshot in snapshots] for name in Row._fields)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 
 from drama_jax.config import AnyRunConfig
 from drama_jax.training import images, watch
+from drama_jax.training.clock import Clock
 from drama_jax.training.logging import Progress, Writer
-from drama_jax.training.loop_state import LoopState
+from drama_jax.training.loop_state import LoopState, Seat
 from drama_jax.training.programs import Programs
 from drama_jax.training.together import Together
 
@@ -42,19 +42,22 @@ class Recorder:
     ) -> None:
         self._config, self._writers, self._together, self._programs = config, writers, together, programs
         self._progress, self._on_measured = progress, on_measured
-        self._interval_start = time.perf_counter(), 0  # (time, step) at which the metrics interval began
+        self._interval_start = 0.0, 0  # (seconds of the run, step) at which the metrics interval began
         self._unmeasured = 0
 
-    def begin(self, step: int, measured: int) -> None:
-        """The loop begins at `step`; earlier parts of the run have measured the seconds of so many steps."""
-        self._interval_start = self._interval_start[0], step
-        self._unmeasured = measured
+    def begin(self, step: int, now: LoopState) -> None:
+        """The loop begins at `step`, perhaps after earlier parts of the run."""
+        self._interval_start = now.clock.before, step
+        self._unmeasured = len(now.step_seconds)
 
-    def episode(self, index: int, steps_done: int, total: float, length: int) -> None:
+    def episode(self, index: int, steps_done: int, seat: Seat, clock: Clock) -> None:
         """Logs an agent's episode that has just ended: its return and its agent steps."""
-        values = {"charts/episodic_return": total, "charts/episodic_length": float(length)}
-        self._writers[index].scalars(steps_done, values)
-        self._progress.show(last_return=f"{total:g}")
+        values = {
+            "charts/episodic_return": seat.episode_return,
+            "charts/episodic_length": float(seat.episode_length),
+        }
+        self._writers[index].scalars(steps_done, clock.total, values)
+        self._progress.show(last_return=f"{seat.episode_return:g}")
 
     def step(self, steps_done: int, state: Any, now: LoopState) -> None:
         """Writes metrics and images where they are due: at intervals and at the end.
@@ -77,13 +80,13 @@ class Recorder:
     def _metrics(self, steps_done: int, state: Any, now: LoopState) -> None:
         """One line of metrics per agent."""
         values = now.metrics.fetch() | jax.device_get(self._programs.metrics(state))
-        time_now = time.perf_counter()
+        seconds = now.clock.total
         then, step_then = self._interval_start
-        self._interval_start = time_now, steps_done
-        speed = {"charts/SPS": (steps_done - step_then) / (time_now - then)}
+        self._interval_start = seconds, steps_done
+        speed = {"charts/SPS": (steps_done - step_then) / (seconds - then)}
         own = [self._together.of_host(values, index) for index in range(self._together.count)]
         for writer, scalars in zip(self._writers, own):
-            writer.scalars(steps_done, {tag: float(value) for tag, value in scalars.items()} | speed)
+            writer.scalars(steps_done, seconds, {tag: float(value) for tag, value in scalars.items()} | speed)
         for scalars in own:
             watch.check_skipped(float(scalars["guard/skipped_in_a_row"]), self._config.max_skipped_updates)
 

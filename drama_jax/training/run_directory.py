@@ -1,7 +1,7 @@
 """The directory of a run: runs/<game>/<preset>/seed<k>-<time>/.
 
 config.json      the resolved configuration, versions, device, commit; one more entry each time the run is continued
-metrics.jsonl    one line per logging interval and per episode
+metrics.jsonl    one line per logging interval and per episode, with `step` and `seconds` of training so far
 tensorboard/     the same as TensorBoard events
 images/          reconstructions and imagined rollouts
 checkpoints/     see `checkpoint`

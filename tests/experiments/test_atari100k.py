@@ -18,6 +18,7 @@ from micro import ARGUMENTS, compiled_fast
 from drama_jax.config import AgentConfig, ConfigError, preset
 from drama_jax.training import checkpoint, programs
 from experiments import atari100k, atari_options, machine
+from tests.tools import metrics_lines
 
 # The agent of tests/faults, which is compiled once for both.
 VERY_SMALL = [*ARGUMENTS[2:], *"""
@@ -61,7 +62,7 @@ def test_the_run_directory_is_complete(finished):
 
 
 def test_the_metrics_show_the_signs_of_failure(finished):
-    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_lines(finished[0])
     last = [line for line in lines if "replay/size" in line][-1]
     assert last["step"] == 40 and last["replay/size"] == 25  # its capacity
     for tag in (
@@ -76,9 +77,18 @@ def test_the_metrics_show_the_signs_of_failure(finished):
     ):  # fmt: skip
         assert np.isfinite(last[tag]), tag
     events = EventAccumulator(str(finished[0] / "tensorboard")).Reload()
-    assert set(last) - {"step"} <= set(events.Tags()["scalars"])
+    assert set(last) - {"step", "seconds"} <= set(events.Tags()["scalars"])
     assert set(events.Tags()["images"]) == {"world_model/reconstruction", "world_model/imagined_rollout"}
     assert "eval/episodic_return" in events.Tags()["scalars"]
+
+
+def test_every_line_of_metrics_has_step_and_seconds(finished):
+    lines = metrics_lines(finished[0])
+    for name in ("step", "seconds"):
+        assert [line[name] for line in lines] == sorted(line[name] for line in lines)
+    assert "eval/episodic_return" in lines[-1]
+    assert lines[0]["seconds"] > 0
+    assert lines[-1]["seconds"] == round(json.loads((finished[0] / "scores.json").read_text())["training_s"], 3)
 
 
 def test_the_scores_are_written_and_printed(finished):

@@ -14,6 +14,7 @@ from drama_jax.config import ConfigError
 from drama_jax.envs import envpool_backend
 from drama_jax.training import checkpoint, resume
 from experiments import envpool, envpool_options, evaluate, machine
+from tests.tools import metrics_but_for_the_clock
 
 VERY_SMALL = """
 --preset tiny --steps 24 --eval-episodes 2 --compilation-cache None --evaluation.num-envs 2
@@ -54,12 +55,6 @@ def run(logdir, *words, code=0):
     return directory
 
 
-def lines_of(directory):
-    """metrics.jsonl, but for the speed."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{tag: value for tag, value in line.items() if tag != "charts/SPS"} for line in lines]
-
-
 def saved(directory):
     """The last checkpoint's arrays, and the rows of the replay."""
     snapshot, segments = checkpoint.load(directory, resume.read(directory)["id"])
@@ -83,7 +78,7 @@ def test_a_task_of_deepmind_control_from_end_to_end(cheetah):
     assert not (cheetah / "images").exists()
     config = json.loads((cheetah / "config.json").read_text())["config"]
     assert config["agent"]["world_model"]["autoencoder"]["vector_size"] == 17
-    lines = lines_of(cheetah)
+    lines = metrics_but_for_the_clock(cheetah)
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert [line["step"] for line in lines if "actor_critic/entropy" in line] == [24]
 
@@ -112,7 +107,7 @@ def test_a_run_that_was_stopped_continues_with_the_same_bits(cheetah, tmp_path, 
     assert "--task CheetahRun-v1" in printed
     assert run(tmp_path, *CHEETAH) == directory
     assert "going on from step 18" in capsys.readouterr().out
-    assert lines_of(directory) == lines_of(cheetah)
+    assert metrics_but_for_the_clock(directory) == metrics_but_for_the_clock(cheetah)
     (found, rows), (expected, expected_rows) = saved(directory), saved(cheetah)
     assert found.keys() == expected.keys() and rows.keys() == expected_rows.keys()
     for name, array in {**expected, **expected_rows}.items():

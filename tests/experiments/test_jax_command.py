@@ -22,7 +22,7 @@ from drama_jax.envs import jax_env as environments
 from drama_jax.replay import Transition
 from drama_jax.training import checkpoint, in_graph, random_play, resume
 from experiments import jax_curves, jax_env, jax_presets
-from tests.tools import quick_jit
+from tests.tools import metrics_but_for_the_clock, metrics_lines, quick_jit
 
 STEPS, WARMUP, SEEDS = 24, 14, (3, 4)
 
@@ -74,12 +74,6 @@ def run_of(logdir, seed):
     return directory
 
 
-def lines_of(directory):
-    """metrics.jsonl, but for the speed."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{tag: value for tag, value in line.items() if tag != "charts/SPS"} for line in lines]
-
-
 def saved(directory):
     """The arrays of its last checkpoint."""
     snapshot, segments = checkpoint.load(directory, resume.read(directory)["id"])
@@ -128,13 +122,13 @@ def test_the_scan_over_all_seeds_is_the_loop_of_each(seed, logdir, by_hand):
     rewards, lasts, metrics, state, acting = by_hand[seed]
     ends = np.flatnonzero(lasts)
     np.testing.assert_array_equal(ends, [6, 13, 20])  # truncated after seven steps
-    episodes = [line for line in lines_of(directory) if "charts/episodic_return" in line]
+    episodes = [line for line in metrics_but_for_the_clock(directory) if "charts/episodic_return" in line]
     starts = [0, *(ends + 1)]
     assert episodes == [
         {"step": end + 1, "charts/episodic_return": sum(rewards[start : end + 1]), "charts/episodic_length": 7.0}
         for start, end in zip(starts, ends)
     ]
-    means = {line["step"]: line for line in lines_of(directory) if "world_model/total_loss" in line}
+    means = {line["step"]: line for line in metrics_but_for_the_clock(directory) if "world_model/total_loss" in line}
     assert list(means) == [19, 24]
     for index, line in enumerate(means.values()):
         for name, values in metrics.items():
@@ -174,7 +168,7 @@ def test_the_environment_resets_itself():
 
 
 def test_seeds_differ(logdir):
-    one, two = (lines_of(run_of(logdir, seed))[-1] for seed in SEEDS)
+    one, two = (metrics_but_for_the_clock(run_of(logdir, seed))[-1] for seed in SEEDS)
     assert one["world_model/total_loss"] != two["world_model/total_loss"]
 
 
@@ -194,7 +188,9 @@ def test_a_run_that_was_stopped_continues_with_the_same_bits(logdir, tmp_path, m
     assert "going on from step 19" in capsys.readouterr().out
     for seed in SEEDS:
         first, second = run_of(logdir, seed), run_of(tmp_path, seed)
-        assert lines_of(first) == lines_of(second)
+        assert metrics_but_for_the_clock(first) == metrics_but_for_the_clock(second)
+        seconds = [line["seconds"] for line in metrics_lines(second)]
+        assert seconds[0] > 0 and seconds == sorted(seconds)
         expected, found = saved(first), saved(second)
         assert expected.keys() == found.keys()
         for name, array in expected.items():

@@ -13,6 +13,7 @@ import numpy as np
 
 from drama_jax.training import checkpoint, programs, replay_log, resume
 from experiments import atari100k, atari_options, machine
+from tests.tools import metrics_but_for_the_clock
 
 STEPS, WARMUP, EVERY = 48, 14, 10
 # The intervals of metrics and checkpoints do not fit each other, and the ring overwrites its oldest steps.
@@ -61,12 +62,6 @@ def steps_saved(run: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-def metrics(run: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for the speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{tag: value for tag, value in line.items() if tag != "charts/SPS"} for line in lines]
-
-
 def final(run: pathlib.Path) -> dict[str, Any]:
     """All that a run ends with: every array of agent and loop, the replay, the emulator, and the scores."""
     identity = resume.read(run)["id"]
@@ -92,7 +87,7 @@ def assert_same(run: pathlib.Path, other: pathlib.Path) -> None:
             np.testing.assert_array_equal(value, two[name], err_msg=name)
         else:
             assert value == two[name], name
-    assert metrics(run) == metrics(other)
+    assert metrics_but_for_the_clock(run) == metrics_but_for_the_clock(other)
 
 
 class Killed(BaseException):

@@ -23,7 +23,6 @@ from micro import (
     die,
     haunted,
     main,
-    metrics,
     only_run,
     steps_saved,
 )
@@ -32,6 +31,7 @@ from drama_jax.config import ConfigError
 from drama_jax.training import checkpoint, orbax_arrays, resume
 from drama_jax.training.checkpoint import Checkpoints
 from drama_jax.training.signals import stop_requested
+from tests.tools import metrics_lines
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -306,7 +306,7 @@ def test_what_may_change_is_taken_and_written_down(logdir, capsys):
     error = capsys.readouterr().err
     for line in ("--logging.metrics-every 5 (was 7)", f"--steps 36 (was {STEPS})", "--evaluation.episodes 0 (was 2)"):
         assert line in error
-    assert [line["step"] for line in metrics(run) if "replay/size" in line][-2:] == [35, 36]
+    assert [line["step"] for line in metrics_lines(run) if "replay/size" in line][-2:] == [35, 36]
     content = json.loads((run / "config.json").read_text())
     assert content["config"]["logging"]["metrics_every"] == 5
     assert content["continued"][-1]["changed"]["logging/metrics_every"] == [7, 5]

@@ -21,7 +21,6 @@ from micro import (
     final,
     haunted,
     main,
-    metrics,
     only_run,
     steps_saved,
 )
@@ -29,6 +28,7 @@ from micro import (
 from drama_jax.envs import envpool_backend
 from drama_jax.training import replay_log, run_directory
 from experiments import atari100k, machine
+from tests.tools import metrics_lines
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -115,7 +115,7 @@ def test_an_emulator_that_fails_ends_the_run_and_can_go_on(tmp_path, monkeypatch
     assert steps_saved(run) == [20, 24]
     assert main(tmp_path) == 0
     assert "going on from step 24" in capsys.readouterr().out and steps_saved(run) == [40, STEPS]
-    assert [line["step"] for line in metrics(run)] == sorted(line["step"] for line in metrics(run))
+    assert [line["step"] for line in metrics_lines(run)] == sorted(line["step"] for line in metrics_lines(run))
 
 
 def test_an_emulator_that_fails_in_the_evaluation_is_one_line(tmp_path, monkeypatch, capsys):
@@ -172,7 +172,7 @@ def newest(logdir):
 
 
 def lengths(run):
-    return [line["charts/episodic_length"] for line in metrics(run) if "charts/episodic_length" in line]
+    return [line["charts/episodic_length"] for line in metrics_lines(run) if "charts/episodic_length" in line]
 
 
 def test_a_second_process_is_refused(tmp_path, monkeypatch, capsys):
@@ -202,7 +202,7 @@ def test_more_steps_continue_a_finished_run_and_the_same_command_starts_another(
     assert json.loads((run / "scores.json").read_text())["steps"] == 25
     saved = json.loads((run / "config.json").read_text())
     assert saved["config"]["steps"] == 25 and saved["continued"][0]["changed"]["steps"] == [20, 25]
-    evaluated = [line["step"] for line in metrics(run) if "eval/episodic_return" in line]
+    evaluated = [line["step"] for line in metrics_lines(run) if "eval/episodic_return" in line]
     assert evaluated == [20, 25]
     assert main(tmp_path, "--steps", "20") == 0
     assert f"{run} is finished; this is a new run" in capsys.readouterr().err

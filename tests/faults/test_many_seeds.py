@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from micro import ARGUMENTS, ENVIRONMENT, Killed, compiled_fast, final, haunted, main, metrics, steps_saved
+from micro import ARGUMENTS, ENVIRONMENT, Killed, compiled_fast, final, haunted, main, steps_saved
 
 import experiments.runs
 from drama_jax.config import ConfigError
@@ -23,6 +23,7 @@ from drama_jax.training import arrays, checkpoint, programs
 from drama_jax.training.together import Together
 from experiments import atari_options, machine, processes, runner, sweep
 from experiments.processes import Distributed
+from tests.tools import metrics_but_for_the_clock
 
 UPDATES = 200
 LIMIT_S = 300.0
@@ -53,7 +54,7 @@ def close(one: dict, other: dict) -> float:
 
 def assert_as_alone(run: pathlib.Path, alone: pathlib.Path) -> None:
     """The same steps, draws and episodes, and the same numbers up to float32 rounding over all updates."""
-    lines, wanted = metrics(run), metrics(alone)
+    lines, wanted = metrics_but_for_the_clock(run), metrics_but_for_the_clock(alone)
     assert [line.keys() for line in lines] == [line.keys() for line in wanted]
     for line, other in zip(lines, wanted):
         for tag, value in line.items():
@@ -109,7 +110,7 @@ def assert_same_ends(one: dict[int, pathlib.Path], other: dict[int, pathlib.Path
         first, second = final(one[seed]), final(other[seed])
         for name, value in first.items():
             np.testing.assert_array_equal(value, second[name], err_msg=f"seed {seed}: {name}")
-        assert metrics(one[seed]) == metrics(other[seed])
+        assert metrics_but_for_the_clock(one[seed]) == metrics_but_for_the_clock(other[seed])
 
 
 def test_the_update_is_compiled_once_for_its_memory_and_for_the_loop(whole, caplog):

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from micro import compiled_fast, main, metrics, only_run, steps_saved
+from micro import compiled_fast, main, only_run, steps_saved
 
 from drama_jax import replay
 from drama_jax.agent import AgentState
 from drama_jax.guard import Guard
 from drama_jax.training import checkpoint, resume, watch
 from experiments import machine
+from tests.tools import metrics_lines
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +48,7 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint_and_their_batch(tmp_pat
     with np.load(file, allow_pickle=False) as batch:
         assert batch["frames"].shape == (2, 6, 16, 16, 3) and batch["slots"].shape == (2,)
         assert np.isnan(batch["rewards"]).any()
-    last = metrics(run)[-1]
+    last = metrics_lines(run)[-1]
     assert last["guard/skipped_in_a_row"] >= 5 and last["guard/skipped_world_model_updates"] >= 5
     snapshot, _ = checkpoint.load(run, resume.read(run)["id"])
     learnt = {name: array for name, array in snapshot.device.items() if name.startswith("agent/world_model/params")}

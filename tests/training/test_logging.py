@@ -29,12 +29,12 @@ def test_mean_metrics_start_anew_after_each_fetch():
 
 def test_scalars_go_to_json_lines_and_tensorboard(tmp_path):
     with Writer(tmp_path, LoggingConfig()) as writer:
-        writer.scalars(10, {"charts/SPS": 2.5, "world_model/total_loss": np.float32(3.0)})
-        writer.scalars(20, {"charts/SPS": 4.0})
+        writer.scalars(10, 4.00049, {"charts/SPS": 2.5, "world_model/total_loss": np.float32(3.0)})
+        writer.scalars(20, 8.0, {"charts/SPS": 4.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
-        {"step": 10, "charts/SPS": 2.5, "world_model/total_loss": 3.0},
-        {"step": 20, "charts/SPS": 4.0},
+        {"step": 10, "seconds": 4.0, "charts/SPS": 2.5, "world_model/total_loss": 3.0},
+        {"step": 20, "seconds": 8.0, "charts/SPS": 4.0},
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("charts/SPS")] == [(10, 2.5), (20, 4.0)]
@@ -42,8 +42,9 @@ def test_scalars_go_to_json_lines_and_tensorboard(tmp_path):
 
 def test_a_number_that_is_not_finite_is_null_in_json(tmp_path):
     with Writer(tmp_path, LoggingConfig(tensorboard=False)) as writer:
-        writer.scalars(1, {"a": math.nan, "b": math.inf, "c": 1.0})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 1.0}
+        writer.scalars(1, 0.5, {"a": math.nan, "b": math.inf, "c": 1.0})
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert written == {"step": 1, "seconds": 0.5, "a": None, "b": None, "c": 1.0}
     assert not (tmp_path / "tensorboard").exists()
 
 
@@ -99,7 +100,7 @@ def test_a_continued_run_hides_later_events_in_tensorboard(tmp_path):
     for start, value in ((0, 1.0), (10, 2.0)):
         with Writer(tmp_path, LoggingConfig(), start=start) as writer:
             for step in range(start + 5, 25, 5):
-                writer.scalars(step, {"a": value})
+                writer.scalars(step, 0.0, {"a": value})
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("a")] == [(5, 1.0), (10, 1.0), (15, 2.0), (20, 2.0)]
@@ -108,7 +109,7 @@ def test_a_continued_run_hides_later_events_in_tensorboard(tmp_path):
 def test_a_disk_that_is_full_for_a_while_costs_no_line_of_metrics(tmp_path, monkeypatch):
     said: list[str] = []
     with Writer(tmp_path, LoggingConfig(), say=said.append) as writer:
-        writer.scalars(1, {"a": 1.0})
+        writer.scalars(1, 1.0, {"a": 1.0})
         lines, room = writer._lines, 5
 
         class FullDisk:
@@ -126,15 +127,15 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_of_metrics(tmp_path, monk
 
         writer._lines = FullDisk()
         for step in (2, 3):
-            writer.scalars(step, {"a": float(step)})
+            writer.scalars(step, float(step), {"a": float(step)})
         room = 1000
-        writer.scalars(4, {"a": 4.0})
+        writer.scalars(4, 4.0, {"a": 4.0})
         room = 0
-        writer.scalars(5, {"a": 5.0})
+        writer.scalars(5, 5.0, {"a": 5.0})
         writer._lines = lines
-        writer.scalars(6, {"a": 6.0})
+        writer.scalars(6, 6.0, {"a": 6.0})
     stored = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert stored == [{"step": step, "a": float(step)} for step in range(1, 7)]
+    assert stored == [{"step": step, "seconds": float(step), "a": float(step)} for step in range(1, 7)]
     assert len(said) == 2 and all("No space left on device" in line and "going on" in line for line in said)
 
 

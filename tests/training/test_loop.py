@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import types
 
 import jax
 import numpy as np
@@ -11,10 +11,11 @@ import pytest
 from fakes import AGENT, NUM_ACTIONS, ScriptedEnv, init
 
 from drama_jax.config import RunConfig, preset
-from drama_jax.training import arrays, images, loop, programs, replay_log
+from drama_jax.training import arrays, clock, images, loop, programs, replay_log
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.replay_log import Row
+from tests.tools import metrics_but_for_the_clock, metrics_lines
 
 WARMUP = 6
 EPISODE = 4
@@ -115,7 +116,7 @@ def test_a_truncated_episode_is_not_terminal(tmp_path, monkeypatch):
 def test_returns_include_the_reward_of_the_last_step(tmp_path, monkeypatch):
     result = train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]))
     assert result.returns == [(4, 104.0), (8, 104.0), (12, 104.0), (16, 104.0), (20, 104.0)]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_lines(tmp_path)
     episodes = [line for line in lines if "charts/episodic_return" in line]
     assert [(line["step"], line["charts/episodic_return"]) for line in episodes] == result.returns
     assert {line["charts/episodic_length"] for line in episodes} == {4.0}
@@ -155,7 +156,7 @@ def test_the_update_with_the_previous_transition_starts_before_the_emulator(tmp_
 
 def test_metrics_are_means_over_the_interval(tmp_path, monkeypatch):
     train(tmp_path, monkeypatch, ScriptedEnv([100]), steps=20)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_lines(tmp_path)
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     # Transition k = 0, 1, ... has loss k. After s steps the agent has been given s - 1 transitions, at the end all.
     assert losses == {10: np.mean([6, 7, 8]), 15: np.mean([9, 10, 11, 12, 13]), 20: np.mean([14, 15, 16, 17, 18, 19])}
@@ -188,9 +189,9 @@ def test_runs_too_short_for_an_update_end_well(tmp_path, monkeypatch, steps):
     assert result.ms_per_step is None
 
 
-def continued(tmp_path, monkeypatch, snapshot, steps=20, lost=False):
+def continued(tmp_path, monkeypatch, snapshot, steps=20, lost=False, environment=ScriptedEnv):
     """The rest of a run, with a fresh agent and environment."""
-    env = ScriptedEnv([EPISODE])
+    env = environment([EPISODE])
     env.lost = lost
     small = init().replace(replay=replay_log.without_rows(init().replay))
     state = arrays.from_host(small, snapshot.device, "agent/").replace(replay=init().replay)
@@ -220,14 +221,32 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, sto
     assert result.returns == whole.returns and result.stopped is None
     assert len(env.rows) == 20 - stop_after
     assert result.wall_clock_s > result.this_part_s
-    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")}
-    rows = {name: [json.loads(line) for line in text] for name, text in lines.items()}
-    for row in rows["whole"] + rows["parts"]:
-        row.pop("charts/SPS", None)
-    assert rows["whole"] == rows["parts"]
+    assert metrics_but_for_the_clock(tmp_path / "whole") == metrics_but_for_the_clock(tmp_path / "parts")
     # Every step is in the log of rows once, in order.
     logged = [row.frames[0, 0, 0, 0] for row in first.rows + rest.rows]
     np.testing.assert_array_equal(logged, whole.state.frames[:20])
+
+
+def test_the_clock_of_the_metrics_stands_still_between_two_parts(tmp_path, monkeypatch):
+    now = 0.0
+
+    class Slow(ScriptedEnv):
+        """A step, or the call that resets after an episode's last, takes a second."""
+
+        def step(self, actions):
+            nonlocal now
+            now += 1
+            return super().step(actions)
+
+    monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    first, asked = ListedCheckpoints(), iter(range(1, 100))
+    train(tmp_path, monkeypatch, Slow([EPISODE]), checkpoints=first, stop=lambda: next(asked) == 11)
+    now += 1000
+    result, _, _ = continued(tmp_path, monkeypatch, first.snapshots[-1], environment=Slow)
+    lines = metrics_lines(tmp_path)
+    assert [line["step"] for line in lines] == [4, 5, 8, 10, 12, 15, 16, 20, 20]
+    assert all(line["seconds"] == line["step"] + line["step"] // EPISODE for line in lines)
+    assert (result.wall_clock_s, result.this_part_s) == (25, 12)
 
 
 def test_where_the_environment_is_lost_the_episode_is_cut(tmp_path, monkeypatch):

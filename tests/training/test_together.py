@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import chex
 import jax
@@ -17,6 +16,7 @@ from drama_jax.training import arrays, images, loop, programs, replay_log
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.loop import Member
 from drama_jax.training.together import Together
+from tests.tools import metrics_but_for_the_clock
 
 EPISODES = [[4], [7], [3]]
 """Lengths of the episodes of three agents' environments."""
@@ -47,9 +47,7 @@ def train(folder, environments, *, seeds=(0, 1, 2), steps=20, snapshots=None, st
     )
     for member in members:
         member.writer.close()
-    rows = [[json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()] for log in logs]
-    for row in (row for lines in rows for row in lines):
-        row.pop("charts/SPS", None)
+    rows = [metrics_but_for_the_clock(log) for log in logs]
     return result, [member.checkpoints for member in members], rows
 
 
