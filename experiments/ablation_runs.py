@@ -16,7 +16,7 @@ from drama_jax import agent
 from drama_jax.config import AgentConfig, ConfigError
 from drama_jax.config import preset as atari_preset
 from drama_jax.envs.jax_env import JaxEnv
-from drama_jax.training import checkpoint, in_graph, weights
+from drama_jax.training import checkpoint, in_graph, metrics_file, weights
 from experiments import atari100k, atari_options, jax_curves, jax_env, jax_presets, sweep
 from experiments.jax_env import Failed
 
@@ -126,7 +126,7 @@ def _finished(plan: Plan, logdir: pathlib.Path, seeds: Sequence[int], steps: int
 
 def _result(plan: Plan, directories: Sequence[pathlib.Path], errors: list[tuple[float, float]]) -> Result:
     summaries = [json.loads((path / "scores.json").read_text(encoding="utf-8")) for path in directories]
-    lines = [_lines(path) for path in directories]
+    lines = [metrics_file.read(path) for path in directories]
     steps = int(max(line["step"] for line in lines[0]))
     edges = np.linspace(0, steps, 41)
     episodes = [jax_curves.episodes(path) for path in directories]
@@ -153,11 +153,6 @@ def _result(plan: Plan, directories: Sequence[pathlib.Path], errors: list[tuple[
         device=str(summaries[0].get("device", "")),
         commit=summaries[0].get("commit"),
     )
-
-
-def _lines(directory: pathlib.Path) -> list[dict[str, Any]]:
-    text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _parameters(loaded: dict[str, Any]) -> int:

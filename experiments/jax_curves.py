@@ -22,8 +22,8 @@ import numpy as np
 from drama_jax.config import ConfigError
 from drama_jax.envs import jax_env
 from drama_jax.envs.jax_env import JaxEnv
+from drama_jax.training import metrics_file, scores
 from drama_jax.training import random_play as random_episodes
-from drama_jax.training import scores
 from experiments import figures
 from experiments.tables import markdown_table, standard_error
 
@@ -47,17 +47,16 @@ def check(*paths: pathlib.Path | None) -> None:
 
 def episodes(directory: pathlib.Path) -> list[tuple[int, float]]:
     """(step at the end, return) of every episode of a run, from its metrics.jsonl."""
-    lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     tag = "charts/episodic_return"
-    return [(line["step"], line[tag]) for line in lines if tag in line]
+    return [(line["step"], line[tag]) for line in metrics_file.read(directory) if tag in line]
 
 
 def final_metrics(directories: Sequence[pathlib.Path], steps: int) -> dict[str, list[float]]:
     """By tag, for each run, the mean of what learning logged in the last 1 / LAST of the steps."""
     found: dict[str, list[float]] = {}
     for directory in directories:
-        lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        late = [line for line in lines if "actor_critic/entropy" in line and line["step"] > steps - steps / LAST]
+        learnt = [line for line in metrics_file.read(directory) if "actor_critic/entropy" in line]
+        late = [line for line in learnt if line["step"] > steps - steps / LAST]
         for tag in sorted(late[0]) if late else ():
             if tag.startswith(("actor_critic/", "world_model/")):
                 found.setdefault(tag, []).append(float(f"{np.mean([line[tag] for line in late]):.4g}"))

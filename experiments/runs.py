@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Generic, Protocol
 
 from drama_jax.config import ConfigError
-from drama_jax.training import checkpoint, resume, run_directory
+from drama_jax.training import checkpoint, metrics_file, resume, run_directory
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
 from drama_jax.training.run_directory import RunSettings
@@ -159,7 +159,7 @@ def _continued(
         if step > one.config.steps:
             raise ConfigError(f"--steps {one.config.steps}: the run in {directory} has done {step} steps already")
         resume.note(directory, one.config, step, changed)
-        resume.cut_metrics(directory, step)
+        metrics_file.cut(directory, step)
         none = "" if snapshot is not None else ", as it has no checkpoint yet"
         print(f"run directory {directory}: going on from step {step}{none}", flush=True)
         resume.announce(changed, say)

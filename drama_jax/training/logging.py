@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drama_jax.config import LoggingConfig
-from drama_jax.training import files
+from drama_jax.training import files, metrics_file
 from drama_jax.training.tensorboard import Board
 
 
@@ -77,7 +77,7 @@ class Writer:
         say: Callable[[str], None] = print,
     ) -> None:
         self._directory, self._say = directory, say
-        self._lines = (directory / "metrics.jsonl").open("ab", buffering=0)
+        self._lines = (directory / metrics_file.NAME).open("ab", buffering=0)
         self._waiting = b""
         self._failing = False
         self._board = Board(directory / "tensorboard", start) if config.tensorboard else None

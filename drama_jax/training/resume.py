@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,6 @@ from drama_jax.training.replay_log import Segment
 from drama_jax.training.run_directory import CONFIG, LATER, RunSettings
 
 _MAY_CHANGE = ("steps", "max_skipped_updates", "evaluation/", "logging/")
-_CUT = "metrics-cut.jsonl"
 
 
 def find(
@@ -159,42 +157,6 @@ def note(directory: pathlib.Path, config: RunSettings, step: int, changed: Mappi
             done.rename(directory / f"scores-{json.loads(done.read_text(encoding='utf-8'))['steps']}.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{directory}: cannot be written to ({error})") from error
-
-
-def cut_metrics(directory: pathlib.Path, step: int) -> None:
-    """Moves the lines of metrics.jsonl that come after `step`, and are written again now, to metrics-cut.jsonl.
-
-    An evaluation of `step` counts as later, unless its scores are there.
-
-    Raises:
-      ConfigError: the files cannot be written.
-    """
-    path = directory / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        scored = (directory / f"scores-{step}.json").exists()
-        kept = [line for line in lines if _is_kept(line, step, scored)]
-        if len(kept) < len(lines):
-            with (directory / _CUT).open("ab") as file:
-                file.writelines(line for line in lines if not _is_kept(line, step, scored))
-                file.flush()
-                os.fsync(file.fileno())
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(b"".join(kept))
-            partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written to ({error.strerror})") from error
-
-
-def _is_kept(line: bytes, step: int, scored: bool) -> bool:
-    try:
-        values = json.loads(line)
-        evaluated = any(name.startswith("eval/") for name in values)
-        return line.endswith(b"\n") and (
-            values["step"] < step or (values["step"] == step and (scored or not evaluated))
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False  # cut off in the middle
 
 
 def restored_state(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import figures, report
+from experiments import figures, report, run_results
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def run(tmp_path):
 
 
 def test_a_run_that_was_cut_short(run):
-    result = report.collect(run)
+    result = run_results.collect(run)
     assert (result["steps"], result["complete"]) == (20_000, False)
     assert result["last_training_mean"] == 1.0  # of the two that ended after step 10,000
     assert result["wall_clock_s"] == 10_000 / 50 + 10_000 / 100
@@ -52,9 +52,9 @@ def test_a_run_that_was_cut_short(run):
 def test_a_run_with_an_evaluation_of_its_own_or_another(run):
     scored = {"evaluation_returns": [1.0, 3.0], "device": "a card", "training_s": 90.0}
     (run / "other.json").write_text(json.dumps(scored | {"evaluation_returns": [7.0], "device": "cpu"}))
-    assert report.collect(run, run / "other.json")["evaluation_returns"] == [7.0]
+    assert run_results.collect(run, run / "other.json")["evaluation_returns"] == [7.0]
     (run / "scores.json").write_text(json.dumps(scored))
-    result = report.collect(run)
+    result = run_results.collect(run)
     assert (result["evaluation_returns"], result["wall_clock_s"]) == ([1.0, 3.0], 90.0)
     table = report.all_columns([result])
     assert "| 2.0 ± 1.0 |" in table  # standard error: 1.41 / sqrt(2)
@@ -68,6 +68,35 @@ def test_files_that_are_missing_are_one_line(run, capsys, missing):
     assert error.startswith("error: ") and missing in error and error.count("\n") == 1
 
 
+def test_seconds_of_training_are_taken_where_the_lines_have_them(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    timed = [json.dumps(json.loads(line) | {"seconds": 7.0 * count}) for count, line in enumerate(lines, start=1)]
+    # Continued by this version, and ended in the middle of a line.
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:3], *timed[3:], '{"step": 20005, "cha']))
+    result = run_results.collect(run)
+    assert (result["steps"], result["wall_clock_s"], result["ms_per_step"]) == (20_000, 35.0, 15.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"[1]", "config.json is no JSON object"),
+        ("config.json", b'{"game": "Pong"}', "config.json has no preset, config, device, commit, versions"),
+        ("config.json", b'{"game": "', "config.json is not JSON"),
+        ("scores.json", b'{"steps": 20000}', "scores.json has no training_s, evaluation_returns, device; a run of"),
+        ("metrics.jsonl", b'{"step": 1}\nstep 2\n{"step": 3}\n', "metrics.jsonl: line 2 is damaged"),
+        ("metrics.jsonl", b'{"step": 1}\n[2]\n', "metrics.jsonl: line 2 is damaged"),
+        ("metrics.jsonl", b"\xa1\xff\n", "metrics.jsonl: line 1 is damaged"),
+        ("metrics.jsonl", b'{"step": 1', "metrics.jsonl: no step was logged"),
+    ],
+)
+def test_files_of_something_else_are_one_line(run, capsys, name, content, message):
+    (run / name).write_bytes(content)
+    assert report.main(["--add", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
 def test_an_evaluation_needs_its_run(run, capsys):
     assert report.main(["--evaluation", str(run / "scores.json")]) == 2
     assert "--add" in capsys.readouterr().err
@@ -75,17 +104,17 @@ def test_an_evaluation_needs_its_run(run, capsys):
 
 def test_the_tables_are_those_of_the_results():
     """`python -m experiments.report` leaves the committed files as they are."""
-    results = report.load()
-    assert results
+    found = run_results.load()
+    assert found
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.in_readme(readme, results) == readme
-    assert (report.RESULTS / "README.md").read_text(encoding="utf-8") == report.all_columns(results)
-    for result in results:
-        assert result["last_training_mean"] == report.last_mean(result["training_returns"], result["steps"])
+    assert report.in_readme(readme, found) == readme
+    assert (run_results.DIRECTORY / "README.md").read_text(encoding="utf-8") == report.all_columns(found)
+    for result in found:
+        assert result["last_training_mean"] == run_results.last_mean(result["training_returns"], result["steps"])
 
 
 def test_curves_have_a_panel_per_game(run, tmp_path):
-    one = report.collect(run)
+    one = run_results.collect(run)
     figures.curves([one], tmp_path / "one.png")
     figures.curves([one, one | {"seed": 4}, one | {"game": "Boxing"}], tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as single, Image.open(tmp_path / "two.png") as double:

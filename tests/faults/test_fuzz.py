@@ -19,7 +19,7 @@ from drama_jax.config import AtariConfig, ConfigError, RunConfig, preset
 from drama_jax.envs import make_atari
 from drama_jax.envs.base import StateMismatch, pack_state, unpack_state
 from drama_jax.replay import init
-from drama_jax.training import checkpoint, files, manifest, replay_log, resume, run_directory
+from drama_jax.training import checkpoint, files, manifest, metrics_file, replay_log, resume, run_directory
 from drama_jax.training.checkpoint import Checkpoints, Snapshot
 from drama_jax.training.replay_log import Row, Segment
 from experiments import atari_options
@@ -161,7 +161,7 @@ def test_garbage_for_scores_and_metrics_is_moved_aside_or_ignored(tmp_path, cont
     good = b'{"step": 1, "loss": 0.5}\n'
     lines = [b"[1]\n", b"5\n", b'"step"\n', b'{"step": "x"}\n', b'{"step": null}\n', b"{}\n", content + b"\n"]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join([good, *lines, b'{"step": 3}\n', b'{"step": 1']))
-    resume.cut_metrics(tmp_path, 2)
+    metrics_file.cut(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
     cut = (tmp_path / "metrics-cut.jsonl").read_bytes()
     assert cut == b"".join([*lines, b'{"step": 3}\n', b'{"step": 1'])
