@@ -23,7 +23,8 @@ from benchmarks.common import write_result
 from drama_jax.config import preset
 from drama_jax.envs import make_atari
 from drama_jax.training import checkpoint, loop, programs, resume
-from drama_jax.training.checkpoint import Checkpoints, Snapshot
+from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 
 _SHOWN = (2_000, 4_000, 10_000, 20_000, 50_000, 100_000)

@@ -26,7 +26,7 @@ from benchmarks import common
 from drama_jax.config import PRESETS, RunConfig, preset
 from drama_jax.envs import Env, make_atari
 from drama_jax.training import loop, programs
-from drama_jax.training.checkpoint import Checkpoints
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 
 TRACED = 20

@@ -30,7 +30,8 @@ from drama_jax.config import ConfigError
 from drama_jax.config import LoggingConfig as WriterConfig
 from drama_jax.envs.jax_env import JaxEnv
 from drama_jax.training import arrays, in_graph, run_directory, scores
-from drama_jax.training.checkpoint import Checkpoints, Snapshot
+from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.signals import stop_requested
 from drama_jax.training.together import Together

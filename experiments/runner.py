@@ -19,7 +19,7 @@ from drama_jax.action_space import ActionSpace
 from drama_jax.config import ConfigError
 from drama_jax.envs.base import EmulatorError, Env
 from drama_jax.training import evaluation, loop, programs, resume, run_directory, scores
-from drama_jax.training.checkpoint import Checkpoints
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.together import Together
 from experiments import machine, run_options

@@ -4,14 +4,12 @@ agent/         every array of the agent and of the loop (orbax), but for the row
 loop.npz       what the loop keeps on the host, and the emulator's state
 manifest.json  size and SHA-256 of these files, and of the replay segments that belong to them
 
-A checkpoint is written to `<step>.partial` in a thread of its own and renamed when it is complete, so that a reader
-sees a whole one or none; the loop goes on meanwhile. The last two are kept. Loading executes no code from a checkpoint:
-nothing in it is pickled, and no file is read before its SHA-256 has been compared.
+Here they are read; `checkpoint_writer` writes them. Loading executes no code from a checkpoint: nothing in it is
+pickled, and no file is read before its SHA-256 has been compared.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -24,12 +22,12 @@ from drama_jax import checks
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, files, manifest, orbax_arrays, replay_log, weights
 from drama_jax.training.manifest import Invalid
-from drama_jax.training.replay_log import ReplayLog, Row, Segment
+from drama_jax.training.replay_log import Segment
 
 State = TypeVar("State")
 FOLDER = "checkpoints"
-_AGENT, _LOOP = "agent", "loop.npz"
-_KEPT = 2
+AGENT, LOOP = "agent", "loop.npz"
+"""What a checkpoint's directory holds besides its manifest."""
 # What readers raise where the digests are right and the content is not.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 # What the model is; all else under agent/ serves its training.
@@ -50,99 +48,6 @@ class Snapshot:
     """Numbers the loop keeps, as JSON."""
     host: dict[str, np.ndarray]
     """Arrays the loop keeps."""
-
-
-class Checkpoints:
-    """Writes the checkpoints of one run.
-
-    Args:
-      run: The run directory.
-      identity: The run's identity, from its config.json.
-      capacity: Steps the replay holds.
-      segments: Replay segments that are on disk already.
-      say: Shows a message to the user; may be called from another thread.
-    """
-
-    def __init__(
-        self,
-        run: pathlib.Path,
-        identity: str,
-        capacity: int,
-        segments: list[Segment] | None = None,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self._run, self._identity, self._say = run, identity, say
-        self._log = ReplayLog(run, capacity, segments or [])
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._running: concurrent.futures.Future[None] | None = None
-        self.error: str | None = None
-        """Why the last save failed; None if it did not."""
-        self.saved: int | None = None
-        """Step of the newest checkpoint that this process has written."""
-
-    def add(self, row: Row) -> None:
-        """Remembers a step that the agent was given, for the next save."""
-        self._log.add(row)
-
-    def save(self, snapshot: Snapshot) -> None:
-        """Starts to write a checkpoint, once the previous one is written.
-
-        A failure to write is shown and kept in `error`. The run's earlier checkpoints stay as they are.
-        """
-        self.wait()
-        self._running = self._thread.submit(self._save, snapshot)
-
-    def wait(self) -> None:
-        """Returns when the last save has ended."""
-        if self._running is not None:
-            self._running.result()
-            self._running = None
-
-    def close(self) -> None:
-        """Waits for the last save and ends the thread."""
-        self.wait()
-        self._thread.shutdown()
-
-    def _save(self, snapshot: Snapshot) -> None:
-        try:
-            _write(self._run, self._identity, self._log, snapshot)
-        except (OSError, ValueError) as error:  # orbax reports a full disk as a ValueError
-            self.error = _reason(error)
-            self._say(f"checkpoint {snapshot.step} could not be saved ({self.error}); the run goes on without it")
-        else:
-            self.error, self.saved = None, snapshot.step
-
-
-def _write(run: pathlib.Path, identity: str, log: ReplayLog, snapshot: Snapshot) -> None:
-    target = run / FOLDER / str(snapshot.step)
-    partial = target.with_name(target.name + files.PARTIAL)
-    for leftover in (run / FOLDER).glob("*" + files.PARTIAL):
-        files.remove_directory(leftover)
-    partial.mkdir(parents=True)
-    try:
-        segments = log.flush(snapshot.end)
-        orbax_arrays.write(partial / _AGENT, snapshot.device)
-        header = np.frombuffer(json.dumps(snapshot.header).encode(), np.uint8)
-        files.write(partial / _LOOP, files.pack({"header": header, **snapshot.host}))
-        described = {segment.name: files.describe(run / segment.name, sync=True) for segment in segments}
-        manifest.write(partial, snapshot.step, snapshot.end, identity, described)
-        if target.exists():  # one that was found damaged, and has been played again
-            files.remove_directory(target)
-        files.rename(partial, target)
-    except (OSError, ValueError):
-        files.remove_directory(partial)
-        raise
-    _remove_old(run, log)
-
-
-def _remove_old(run: pathlib.Path, log: ReplayLog) -> None:
-    for step in steps_in(run / FOLDER)[_KEPT:]:
-        files.remove_directory(run / FOLDER / str(step))
-    try:
-        kept = [manifest.read(run / FOLDER / str(step)) for step in steps_in(run / FOLDER)]
-    except Invalid:
-        return  # it may still be told by hand what belongs to it
-    log.remove_except({name for one in kept for name in one.segments})
 
 
 def load(
@@ -236,16 +141,16 @@ def newest(run: pathlib.Path) -> int:
 
 def _arrays(directory: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        return orbax_arrays.read(directory / _AGENT)
+        return orbax_arrays.read(directory / AGENT)
     except _UNREADABLE as error:
-        raise ConfigError(f"{directory / _AGENT} cannot be read ({_reason(error)})") from error
+        raise ConfigError(f"{directory / AGENT} cannot be read ({reason(error)})") from error
 
 
 def _find(path: pathlib.Path | str, step: int | None) -> pathlib.Path:
     """The directory of a verified checkpoint."""
     checks.instances("checkpoint", path=(path, (str, pathlib.Path)), step=(step, (int, type(None))))
     path = pathlib.Path(path)
-    if (path / manifest.NAME).exists() or (path / _AGENT).exists():
+    if (path / manifest.NAME).exists() or (path / AGENT).exists():
         candidates = [path]
     else:
         folder = path / FOLDER if (path / FOLDER).is_dir() else path
@@ -281,24 +186,24 @@ def _segment(name: str) -> Segment:
 
 def _read(directory: pathlib.Path, found: manifest.Manifest) -> Snapshot:
     try:
-        host = files.unpack(directory / _LOOP)
+        host = files.unpack(directory / LOOP)
         header = json.loads(host.pop("header").tobytes())
-        return Snapshot(found.step, found.end, orbax_arrays.read(directory / _AGENT), header, host)
+        return Snapshot(found.step, found.end, orbax_arrays.read(directory / AGENT), header, host)
     except _UNREADABLE as error:
-        raise Invalid(f"cannot be read ({_reason(error)})") from error
+        raise Invalid(f"cannot be read ({reason(error)})") from error
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:
     """`path`, or with a number where that is taken."""
-    count = 1
-    while path.exists():
+    free, count = path, 1
+    while free.exists():
         count += 1
-        path = path.with_suffix(f".damaged{count}")
-    return path
+        free = path.with_name(f"{path.name}{count}")
+    return free
 
 
-def _reason(error: Exception) -> str:
-    """One line; of a path and a system's message, where there are both."""
+def reason(error: Exception) -> str:
+    """What an error says, as one line; a path and the system's message, where there are both."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -26,7 +26,8 @@ from drama_jax.action_space import Continuous
 from drama_jax.config import AnyRunConfig
 from drama_jax.envs.base import EmulatorError, Env, Observation, attempt
 from drama_jax.training import watch
-from drama_jax.training.checkpoint import Checkpoints, Snapshot
+from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.loop_state import LoopState, Pending
 from drama_jax.training.programs import Programs

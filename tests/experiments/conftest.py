@@ -9,6 +9,7 @@ import pytest
 
 from drama_jax.config import preset
 from drama_jax.training import arrays, checkpoint, programs, replay_log, run_directory
+from drama_jax.training.checkpoint_writer import Checkpoints
 
 ACTIONS = 4  # of Breakout
 
@@ -31,7 +32,7 @@ def saved_run(tmp_path_factory):
     directory = run_directory.create(tmp_path_factory.mktemp("runs"), "Breakout", "tiny", config)
     state = programs.initial_state(jax.random.key(0), config.agent, ACTIONS)
     device = arrays.to_host({"agent": dataclasses.replace(state, replay=replay_log.without_rows(state.replay))})
-    checkpoints = checkpoint.Checkpoints(directory, "a run", capacity=1)
+    checkpoints = Checkpoints(directory, "a run", capacity=1)
     checkpoints.save(checkpoint.Snapshot(7, 0, device, {}, {}))
     checkpoints.close()
     assert checkpoints.error is None

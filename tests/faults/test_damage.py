@@ -29,7 +29,7 @@ from micro import (
 
 from drama_jax.config import ConfigError
 from drama_jax.training import checkpoint, orbax_arrays, resume
-from drama_jax.training.checkpoint import Checkpoints
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.signals import stop_requested
 from tests.tools import metrics_lines
 

@@ -20,7 +20,8 @@ from drama_jax.envs import make_atari
 from drama_jax.envs.base import StateMismatch, pack_state, unpack_state
 from drama_jax.replay import init
 from drama_jax.training import checkpoint, files, manifest, metrics_file, replay_log, resume, run_directory
-from drama_jax.training.checkpoint import Checkpoints, Snapshot
+from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.replay_log import Row, Segment
 from experiments import atari_options
 

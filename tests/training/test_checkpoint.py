@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, checkpoint, files, manifest
-from drama_jax.training.checkpoint import Checkpoints, Snapshot
+from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.replay_log import Row
 
 
