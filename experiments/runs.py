@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Generic, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Protocol
 
 from drama_jax.config import ConfigError
 from drama_jax.training import checkpoint, metrics_file, resume, run_directory
@@ -15,6 +15,9 @@ from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.replay_log import Segment
 from drama_jax.training.run_directory import RunSettings
 from experiments.sweep import Planned, Settings, Settings_co
+
+Saved = tuple[Snapshot, list[Segment]]
+"""A run between two steps, and its replay on disk."""
 
 
 class Command(Protocol):
@@ -95,19 +98,30 @@ def prepare(
     for one in planned:
         if one not in left:
             say(f"{one.label} is finished")
-    planned = left
-    directories = [_find(options, game, one) for one in planned]
-    if None in directories and any(directories):
-        begun = [one.label for one, directory in zip(planned, directories) if directory is not None]
-        fresh = [one.label for one, directory in zip(planned, directories) if directory is None]
+    directories = [_find(options, game, one) for one in left]
+    _check_begun(left, directories)
+    begun = [(one, directory) for one, directory in zip(left, directories) if directory is not None]
+    continued = iter(_continued(options, game, begun, stack))
+    return [
+        _new(options, game, one, stack) if directory is None else next(continued)
+        for one, directory in zip(left, directories)
+    ]
+
+
+def _check_begun(planned: Sequence[Planned[RunSettings]], directories: Sequence[pathlib.Path | None]) -> None:
+    """Raises a ConfigError if some agents have a checkpoint where others have no run directory yet.
+
+    Agents without a checkpoint are all at step 0: a command may have ended between creating their directories.
+    """
+    fresh = [one.label for one, directory in zip(planned, directories) if directory is None]
+    ahead = [
+        one.label for one, directory in zip(planned, directories) if directory is not None and _steps_saved(directory)
+    ]
+    if fresh and ahead:
         raise ConfigError(
-            f"{', '.join(begun)} has begun and {', '.join(fresh)} has not, but the agents of one process go in step; "
+            f"{', '.join(ahead)} has begun and {', '.join(fresh)} has not, but the agents of one process go in step; "
             f"run them in two commands, or all anew with --no-resume"
         )
-    found = [directory for directory in directories if directory is not None]
-    if not found:
-        return [_new(options, game, one, stack) for one in planned]
-    return _continued(options, game, planned, found, stack)
 
 
 def _find(options: Command, game: str, planned: Planned[RunSettings]) -> pathlib.Path | None:
@@ -134,48 +148,66 @@ def _new(options: Command, game: str, planned: Planned[Settings], stack: context
 def _continued(
     options: Command,
     game: str,
-    planned: Sequence[Planned[Settings]],
-    directories: Sequence[pathlib.Path],
+    begun: Sequence[tuple[Planned[Settings], pathlib.Path]],
     stack: contextlib.ExitStack,
 ) -> list[Run[Settings]]:
     checked = []
-    for one, directory in zip(planned, directories):
+    for one, directory in begun:
         checked.append(resume.check(directory, game, options.preset, one.config))
         stack.enter_context(run_directory.lock(directory))
-    loaded = [checkpoint.load(directory, identity, say) for directory, (identity, _) in zip(directories, checked)]
-    steps = [0 if one is None else one[0].step for one in loaded]
-    if len(set(steps)) > 1:
-        # Ended in the middle of saving: some have written a checkpoint that others have not.
-        common = min(steps)
-        _check_step(directories, common)
-        loaded = [
-            checkpoint.load(directory, identity, say, at_most=common)
-            for directory, (identity, _) in zip(directories, checked)
-        ]
+    directories, identities = [directory for _, directory in begun], [identity for identity, _ in checked]
     runs = []
-    for one, directory, (identity, changed), saved in zip(planned, directories, checked, loaded):
+    for (one, directory), (identity, changed), saved in zip(begun, checked, _in_step(directories, identities)):
         snapshot, segments = saved or (None, [])
-        step = 0 if snapshot is None else snapshot.step
-        if step > one.config.steps:
-            raise ConfigError(f"--steps {one.config.steps}: the run in {directory} has done {step} steps already")
-        resume.note(directory, one.config, step, changed)
-        metrics_file.cut(directory, step)
-        none = "" if snapshot is not None else ", as it has no checkpoint yet"
-        print(f"run directory {directory}: going on from step {step}{none}", flush=True)
-        resume.announce(changed, say)
-        runs.append(Run(game, one.config, options.preset, directory, identity, snapshot, segments))
+        run = Run(game, one.config, options.preset, directory, identity, snapshot, segments)
+        _go_on(run, changed)
+        runs.append(run)
     return runs
 
 
+def _in_step(directories: Sequence[pathlib.Path], identities: Sequence[str]) -> list[Saved | None]:
+    """The runs' checkpoints of the newest step that all have; None for those that never completed one."""
+    loaded = [checkpoint.load(directory, identity, say) for directory, identity in zip(directories, identities)]
+    steps = {0 if one is None else one[0].step for one in loaded}
+    if len(steps) <= 1:
+        return loaded
+    # Ended in the middle of saving: some have written a checkpoint that others have not.
+    _check_step(directories, min(steps))
+    return [
+        checkpoint.load(directory, identity, say, at_most=min(steps))
+        for directory, identity in zip(directories, identities)
+    ]
+
+
 def _check_step(directories: Sequence[pathlib.Path], step: int) -> None:
-    """Raises a ConfigError if a run has no checkpoint of `step`; touches nothing."""
+    """Raises a ConfigError if a run cannot go on at `step`; touches nothing."""
     for directory in directories:
-        saved = checkpoint.steps_in(directory / checkpoint.FOLDER)
-        if step not in saved:
+        saved = _steps_saved(directory)
+        first_save = step == 0 and len(saved) == 1  # all begin anew; of two, the other run has lost its own
+        if saved and step not in saved and not first_save:
             raise ConfigError(
                 f"{directory} cannot go on at step {step}, where another agent of this command is: it has checkpoints "
-                f"of {', '.join(map(str, sorted(saved))) or 'no step'}; run them in two commands"
+                f"of {', '.join(map(str, sorted(saved)))}; run them in two commands"
             )
+
+
+def _go_on(run: Run[Settings], changed: Mapping[str, list[Any]]) -> None:
+    """Notes in the run's files that it goes on, and tells the user.
+
+    Raises:
+      ConfigError: if it has done more steps than are wanted, or its files cannot be written.
+    """
+    if run.step > run.config.steps:
+        raise ConfigError(f"--steps {run.config.steps}: the run in {run.directory} has done {run.step} steps already")
+    resume.note(run.directory, run.config, run.step, changed)
+    metrics_file.cut(run.directory, run.step)
+    none = "" if run.snapshot is not None else ", as it has no checkpoint yet"
+    print(f"run directory {run.directory}: going on from step {run.step}{none}", flush=True)
+    resume.announce(changed, say)
+
+
+def _steps_saved(directory: pathlib.Path) -> list[int]:
+    return checkpoint.steps_in(directory / checkpoint.FOLDER)
 
 
 def say(message: str) -> None:

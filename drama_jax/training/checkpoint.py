@@ -66,8 +66,8 @@ def load(
     """
     steps, problems = steps_in(run / FOLDER), []
     for step in [step for step in steps if at_most is not None and step > at_most]:
-        ahead = run / FOLDER / str(step)
-        files.rename(ahead, _free(ahead.with_name(f"{step}.ahead")))
+        aside = _put_aside(run / FOLDER / str(step), "ahead")
+        say(f"checkpoint {step} is of a later step than another agent's; it is now {aside}")
         steps.remove(step)
     for step in steps:
         directory = run / FOLDER / str(step)
@@ -79,9 +79,7 @@ def load(
             problems.append((directory, f"checkpoint {step}: {error}"))
             continue
         for damaged, problem in problems:
-            aside = _free(damaged.with_name(damaged.name + ".damaged"))
-            files.rename(damaged, aside)
-            say(f"{problem}; it is now {aside}, and checkpoint {step} is used")
+            say(f"{problem}; it is now {_put_aside(damaged, 'damaged')}, and checkpoint {step} is used")
         return snapshot, segments
     if not steps:
         return None
@@ -193,12 +191,14 @@ def _read(directory: pathlib.Path, found: manifest.Manifest) -> Snapshot:
         raise Invalid(f"cannot be read ({reason(error)})") from error
 
 
-def _free(path: pathlib.Path) -> pathlib.Path:
-    """`path`, or with a number where that is taken."""
-    free, count = path, 1
+def _put_aside(directory: pathlib.Path, why: str) -> pathlib.Path:
+    """Renames a checkpoint to `<step>.<why>`, with a number where that is taken."""
+    free = wanted = directory.with_name(f"{directory.name}.{why}")
+    count = 1
     while free.exists():
         count += 1
-        free = path.with_name(f"{path.name}{count}")
+        free = wanted.with_name(f"{wanted.name}{count}")
+    files.rename(directory, free)
     return free
 
 
