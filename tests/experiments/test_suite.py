@@ -21,7 +21,8 @@ from micro import ARGUMENTS, ENVIRONMENT, assert_same, steps_saved
 
 from drama_jax.config import ConfigError
 from drama_jax.training import run_directory
-from experiments import suite, suite_worker
+from experiments import suite, suite_plan, suite_ray, suite_worker
+from experiments.suite_plan import Options
 from experiments.suite_progress import Progress, Task
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def test_it_ends_with_the_table(story):
 def test_started_again_it_does_nothing_but_print_the_table(story, capsys, monkeypatch):
     logdir, _, killed, _ = story
     before = sorted(logdir.glob("*/*/*"))
-    monkeypatch.setattr(suite, "_run", lambda *_: pytest.fail("there is nothing to run"))
+    monkeypatch.setattr(suite_ray, "run", lambda *_: pytest.fail("there is nothing to run"))
     monkeypatch.setattr(suite.jax.config, "update", lambda *_: None)
     assert suite.main([*COMMAND, "--logdir", str(logdir)]) == 0
     assert capsys.readouterr().out.splitlines() == killed.splitlines()[-9:]
@@ -137,13 +138,13 @@ def test_started_again_it_does_nothing_but_print_the_table(story, capsys, monkey
 
 def test_more_seeds_leave_the_finished_ones_alone(story):
     logdir, *_ = story
-    _, passed = suite.split([*COMMAND, "--logdir", str(logdir)])
-    options = suite.Options(games=("Pong",), seeds=3)
-    _, (task,) = suite.plan(options, passed)
+    _, passed = suite_plan.split([*COMMAND, "--logdir", str(logdir)])
+    options = Options(games=("Pong",), seeds=3)
+    _, (task,) = suite_plan.plan(options, passed)
     assert not task.done
     (part,) = suite_worker.parts(task.options, task.game, task.planned)
     assert [one.config.seed for one in part] == [1, 2]
-    _, tasks = suite.plan(suite.Options(games=("Pong",), seeds=3, seeds_per_task=1), passed)
+    _, tasks = suite_plan.plan(Options(games=("Pong",), seeds=3, seeds_per_task=1), passed)
     assert [task.done for task in tasks] == [True, False, False]
 
 
@@ -183,7 +184,7 @@ def test_other_settings_than_those_of_the_runs_are_refused(story, capsys):
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(suite, "_run", lambda *_: pytest.fail("it has started"))
+    monkeypatch.setattr(suite_ray, "run", lambda *_: pytest.fail("it has started"))
     assert suite.main(["--logdir", str(tmp_path), *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -199,34 +200,36 @@ def test_a_cluster_that_refuses_is_one_line_that_says_how_to_give_a_token():
 
     ray = types.SimpleNamespace(init=init, exceptions=types.SimpleNamespace(RayError=RayError))
     with pytest.raises(ConfigError) as caught:
-        suite._connect(ray, suite.Options(ray_address="host:1"))
+        suite_ray._connect(ray, Options(ray_address="host:1"))
     message = str(caught.value)
     assert message.startswith("--ray-address host:1: token is missing; if the cluster asks for a token, set RAY_AUTH_")
     assert "\n" not in message
     with pytest.raises(ConfigError, match="^Ray could not start: token is missing$"):
-        suite._connect(ray, suite.Options())
+        suite_ray._connect(ray, Options())
 
 
 def test_arguments_go_where_they_belong():
-    own, passed = suite.split("--games Pong Qbert --steps 9 --seeds=2 --agent.replay.tau -3 --gpus_per_task .5".split())
+    own, passed = suite_plan.split(
+        "--games Pong Qbert --steps 9 --seeds=2 --agent.replay.tau -3 --gpus_per_task .5".split()
+    )
     assert own == ["--games", "Pong", "Qbert", "--seeds=2", "--gpus_per_task", ".5"]
     assert passed == ["--steps", "9", "--agent.replay.tau", "-3"]
 
 
 def test_all_games_with_five_seeds_are_26_tasks(tmp_path):
-    options, tasks = suite.plan(suite.Options(), ["--logdir", str(tmp_path)])
+    options, tasks = suite_plan.plan(Options(), ["--logdir", str(tmp_path)])
     assert len(tasks) == 26 and {tuple(task.seeds) for task in tasks} == {(0, 1, 2, 3, 4)}
     assert options.preset == "xs" and not any(task.done for task in tasks)
-    _, tasks = suite.plan(suite.Options(games=("Pong",), seed=3, seeds_per_task=2), ["--logdir", str(tmp_path)])
+    _, tasks = suite_plan.plan(Options(games=("Pong",), seed=3, seeds_per_task=2), ["--logdir", str(tmp_path)])
     assert [tuple(task.seeds) for task in tasks] == [(3, 4), (5, 6), (7,)]
 
 
 def test_a_share_of_a_gpu_has_that_share_of_its_memory():
     share = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    assert suite.worker_environment(0.25, {}) == {share: "0.225"}
-    assert suite.worker_environment(2, {}) == {share: "0.900"}
-    assert suite.worker_environment(0, {}) == {"JAX_PLATFORMS": "cpu"}
-    assert suite.worker_environment(0.25, {share: "0.1"}) == {}
+    assert suite_ray.worker_environment(0.25, {}) == {share: "0.225"}
+    assert suite_ray.worker_environment(2, {}) == {share: "0.900"}
+    assert suite_ray.worker_environment(0, {}) == {"JAX_PLATFORMS": "cpu"}
+    assert suite_ray.worker_environment(0.25, {share: "0.1"}) == {}
 
 
 def begun(logdir: pathlib.Path, task: Task, seed: int, *steps: int) -> None:
@@ -248,7 +251,7 @@ def begun(logdir: pathlib.Path, task: Task, seed: int, *steps: int) -> None:
     ],
 )
 def test_agents_that_cannot_go_on_together_go_one_after_the_other(tmp_path, steps, parts):
-    _, (task,) = suite.plan(suite.Options(games=("Pong",), seeds=4), ["--logdir", str(tmp_path), "--preset", "tiny"])
+    _, (task,) = suite_plan.plan(Options(games=("Pong",), seeds=4), ["--logdir", str(tmp_path), "--preset", "tiny"])
     for seed, its in steps.items():
         begun(tmp_path, task, seed, *its)
     found = suite_worker.parts(task.options, task.game, task.planned)
@@ -274,7 +277,7 @@ class Terminal:
 def test_on_a_terminal_the_table_is_drawn_over_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "50")
-    _, (task,) = suite.plan(suite.Options(games=("Pong",), seeds=2), ["--logdir", str(tmp_path), "--preset", "tiny"])
+    _, (task,) = suite_plan.plan(Options(games=("Pong",), seeds=2), ["--logdir", str(tmp_path), "--preset", "tiny"])
     terminal = Terminal()
     progress = Progress([task], terminal)
     progress.show()
@@ -294,7 +297,7 @@ def test_on_a_terminal_the_table_is_drawn_over_itself(tmp_path, monkeypatch):
 
 def test_every_flag_in_the_readme_is_accepted():
     section = (ROOT / "README.md").read_text().split("## The whole suite")[1].split("\n## ")[0]
-    own = {f"--{name.replace('_', '-')}" for name in suite.Options.__dataclass_fields__}
+    own = {f"--{name.replace('_', '-')}" for name in Options.__dataclass_fields__}
     named = set(re.findall(r"--[a-z][\w.-]+", section))
     assert named >= {"--games", "--ray-address", "--seeds-per-task", "--gpus-per-task"}
     assert named - own <= {"--preset", "--steps", "--logdir"}
