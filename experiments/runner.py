@@ -21,6 +21,7 @@ from drama_jax.envs.base import EmulatorError, Env
 from drama_jax.training import evaluation, loop, programs, resume, run_directory, scores
 from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
+from drama_jax.training.member import Member, Training
 from drama_jax.training.together import Together
 from experiments import machine, run_options
 from experiments.machine import Played
@@ -112,7 +113,7 @@ def train(
     options: run_options.AllOptions,
     stop: Callable[[], bool],
     label: str = "",
-) -> tuple[list[loop.Training], list[str]]:
+) -> tuple[list[Training], list[str]]:
     """The training runs with their files and a progress bar, and which last checkpoints could not be saved, and why.
 
     `label` is what tells this process's progress from others'.
@@ -148,7 +149,7 @@ def train(
     return trainings, unsaved
 
 
-def _member(run: Run[Played], environment: Env, progress: Progress, stack: contextlib.ExitStack) -> loop.Member:
+def _member(run: Run[Played], environment: Env, progress: Progress, stack: contextlib.ExitStack) -> Member:
     writer = stack.enter_context(Writer(run.directory, run.config.logging, start=run.step, say=progress.say))
     checkpoints = stack.enter_context(
         contextlib.closing(
@@ -156,7 +157,7 @@ def _member(run: Run[Played], environment: Env, progress: Progress, stack: conte
         )
     )
     _, train_key, _ = _keys(run)
-    return loop.Member(environment, train_key, writer, checkpoints, run.snapshot)
+    return Member(environment, train_key, writer, checkpoints, run.snapshot)
 
 
 def _keys(run: Run[Played]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -181,7 +182,7 @@ def initial(runs: Sequence[Run[Played]], num_actions: ActionSpace, together: Tog
 
 
 def evaluate_all(
-    runs: Sequence[Run[Played]], trainings: Sequence[loop.Training], start: float, stop: Callable[[], bool]
+    runs: Sequence[Run[Played]], trainings: Sequence[Training], start: float, stop: Callable[[], bool]
 ) -> bool:
     """Evaluates and reports one run after the other; whether all are done (not if `stop` has ended it)."""
     for one, training in zip(runs, trainings):
@@ -193,9 +194,7 @@ def evaluate_all(
     return True
 
 
-def evaluate(
-    this: Run[Played], training: loop.Training, key: jax.Array, stop: Callable[[], bool]
-) -> list[float] | None:
+def evaluate(this: Run[Played], training: Training, key: jax.Array, stop: Callable[[], bool]) -> list[float] | None:
     """Plays the evaluation episodes and logs their mean; None if `stop` has ended it.
 
     Raises:
@@ -227,7 +226,7 @@ def evaluate(
     return returns
 
 
-def report(this: Run[Played], training: loop.Training, returns: list[float], seconds: float) -> None:
+def report(this: Run[Played], training: Training, returns: list[float], seconds: float) -> None:
     """Writes scores.json and prints the table."""
     result = scores.summary(this.game, returns) | {
         "game": this.game,

@@ -14,7 +14,7 @@ from test_loop import FRAMES, PREDICTION, ListedCheckpoints, run_config
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, images, loop, programs, replay_log
 from drama_jax.training.logging import Progress, Writer
-from drama_jax.training.loop import Member
+from drama_jax.training.member import Member
 from drama_jax.training.together import Together
 from tests.tools import metrics_but_for_the_clock
 
