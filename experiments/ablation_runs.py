@@ -18,7 +18,7 @@ from drama_jax.config import preset as atari_preset
 from drama_jax.envs.jax_env import JaxEnv
 from drama_jax.training import checkpoint, in_graph, metrics_file, weights
 from experiments import atari100k, atari_options, jax_curves, jax_env, jax_presets, sweep
-from experiments.jax_env import Failed
+from experiments.exits import Failed
 
 __all__ = ["Failed", "Plan", "Result", "agent_of", "check", "object_errors", "run"]
 

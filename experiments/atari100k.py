@@ -16,7 +16,8 @@ import jax
 from drama_jax.config import ConfigError, RunConfig
 from drama_jax.envs.games import canonical_game
 from drama_jax.training.signals import stop_requested
-from experiments import atari_options, command_line, machine, processes, runner
+from experiments import atari_options, command_line, machine, meeting, runner
+from experiments.exits import exit_code
 from experiments.machine import Played
 from experiments.processes import ALONE, Distributed
 from experiments.runs import Run
@@ -26,13 +27,13 @@ _PROGRAM = "python -m experiments.atari100k"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the experiment; returns the exit code, see `runner.exit_code`."""
+    """Runs the experiment; returns the exit code, see `exits.exit_code`."""
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def command() -> None:
         options, config = atari_options.parse(arguments, _PROGRAM)
         whole = plan(config, options.seeds, options.sweep)
-        distributed, planned = processes.share(options.distributed, (options.game, options.preset), whole)
+        distributed, planned = meeting.share(options.distributed, (options.game, options.preset), whole)
         machine.set_xla_flags(deterministic=options.deterministic)
         jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             directory = runs[0].directory if len(whole) == 1 else options.logdir
             print(f"stopped; to continue:\n{command_line.to_continue(arguments, _PROGRAM, directory)}", flush=True)
 
-    return runner.exit_code(command)
+    return exit_code(command)
 
 
 def run(
@@ -53,7 +54,7 @@ def run(
     """`runner.run` on the options' game.
 
     Raises:
-      ConfigError, runner.Failed: likewise, or there is no such game.
+      ConfigError, exits.Failed: likewise, or there is no such game.
     """
     try:
         game = canonical_game(options.game)

@@ -16,11 +16,12 @@ import jax
 
 from drama_jax.training.signals import stop_requested
 from experiments import command_line, envpool_options, machine, runner
+from experiments.exits import exit_code
 from experiments.sweep import plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the experiment; returns the exit code, see `runner.exit_code`."""
+    """Runs the experiment; returns the exit code, see `exits.exit_code`."""
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def command() -> None:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             again = command_line.to_continue(arguments, envpool_options.PROGRAM, directory)
             print(f"stopped; to continue:\n{again}", flush=True)
 
-    return runner.exit_code(command)
+    return exit_code(command)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import jax
 import numpy as np
 
 from drama_jax import agent
-from drama_jax.config import ConfigError
 from drama_jax.config import LoggingConfig as WriterConfig
 from drama_jax.envs.jax_env import JaxEnv
 from drama_jax.training import arrays, in_graph, run_directory, scores
@@ -35,37 +34,29 @@ from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.signals import stop_requested
 from drama_jax.training.together import Together
-from experiments import jax_curves, machine, runs
+from experiments import jax_curves, machine, memory, runs
+from experiments.exits import Failed, exit_code
 from experiments.jax_presets import AllOptions, InGraphConfig, parse
 from experiments.runs import Run
 from experiments.sweep import plan
 
 
-class Failed(RuntimeError):  # noqa: N818 - the run did, not this program
-    """The run ended early through no mistake of the user; the message says why."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the experiment; returns the exit code.
+    """Runs the experiment; returns the exit code, see `exits.exit_code`."""
 
-    0: it is finished, or a signal ended it and it is saved. 1: it failed on the way. 2: a mistake of the user. One
-    line explains each of the last two.
-    """
-    try:
+    def command() -> None:
         options, config, env = parse(arguments)
         with stop_requested() as stop:
             directories = run(options, config, env, stop)
         if directories is None:
             print("stopped; the same command continues", flush=True)
-            return 0
+            return
         results = jax_curves.collect(directories)
         results |= jax_curves.random_play(env, results["seeds"], options.random_episodes)
         print(jax_curves.table(results))
         jax_curves.write(results, options.data, options.picture)
-    except (ConfigError, Failed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+
+    return exit_code(command)
 
 
 def run(
@@ -85,7 +76,7 @@ def run(
     run_directory.check(options.logdir)
     planned = plan(config, options.seeds)
     devices = machine.choose_devices(options.devices, len(planned))
-    machine.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
+    memory.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
     machine.keep_compiled_programs(options.compilation_cache)
     name = config.env.rpartition(":")[2]
     with contextlib.ExitStack() as stack:

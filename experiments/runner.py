@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,45 +15,18 @@ import jax
 
 from drama_jax import agent
 from drama_jax.action_space import ActionSpace
-from drama_jax.config import ConfigError
 from drama_jax.envs.base import EmulatorError, Env
 from drama_jax.training import evaluation, loop, programs, resume, run_directory, scores
 from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.member import Member, Training
 from drama_jax.training.together import Together
-from experiments import machine, run_options
+from experiments import machine, memory, run_options
+from experiments.exits import Failed
 from experiments.machine import Played
 from experiments.processes import ALONE, Distributed
 from experiments.runs import Run, prepare, unfinished
 from experiments.sweep import Planned
-
-
-class Failed(RuntimeError):  # noqa: N818 - the run did, not this program
-    """The run ended early through no mistake of the user; the message says why."""
-
-
-def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command to its end; returns the exit code.
-
-    0: it is finished, or a signal ended it and it is saved. 1: it failed on the way. 2: a mistake of the user. One
-    line explains each of the last two.
-    """
-    try:
-        command()
-    except (ConfigError, Failed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            f"error: the device has not enough memory ({' '.join(str(error).split())[:200]}); lower the batch sizes, "
-            f"--agent.replay.capacity or --seeds",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
 
 
 def run(
@@ -84,7 +56,7 @@ def run(
     config = planned[0].config
     run_directory.check(options.logdir)
     devices = machine.choose_devices(options.devices, len(planned))
-    machine.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
+    memory.check_memory(config.agent, devices[0].memory_stats(), len(planned) // len(devices))
     machine.keep_compiled_programs(options.compilation_cache)
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as games:
         environments = {
@@ -95,7 +67,7 @@ def run(
         if left:
             together = Together(len(left), machine.share_out(len(left), options.devices))
             num_actions = environments[left[0].config].num_actions
-            machine.check_update(config.agent, num_actions, together, together.devices[0].memory_stats())
+            memory.check_update(config.agent, num_actions, together, together.devices[0].memory_stats())
         runs = prepare(options, game, planned, stack, shared=distributed.shared)
         if not runs:
             return [], True

@@ -17,7 +17,7 @@ from micro import ARGUMENTS, compiled_fast
 
 from drama_jax.config import AgentConfig, ConfigError, preset
 from drama_jax.training import checkpoint, programs
-from experiments import atari100k, atari_options, machine
+from experiments import atari100k, atari_options, machine, memory
 from tests.tools import metrics_lines
 
 # The agent of tests/faults, which is compiled once for both.
@@ -162,13 +162,13 @@ def test_an_unwritable_log_directory_is_named(tmp_path, monkeypatch, capsys):
 def test_a_device_too_small_for_the_replay_says_the_bytes():
     config = AgentConfig()
     ring = config.replay.capacity * (64 * 64 * 3 + 18) + 8
-    needed = sum(machine.memory_needed(config).values())
+    needed = sum(memory.memory_needed(config).values())
     with pytest.raises(
         ConfigError, match=rf"--agent.replay.capacity 100000: needs {ring:,} of {needed:,} bytes .* 999 are free"
     ):
-        machine.check_memory(config, {"bytes_limit": 1_000, "bytes_in_use": 1})
-    machine.check_memory(config, {"bytes_limit": needed})
-    machine.check_memory(config, None)
+        memory.check_memory(config, {"bytes_limit": 1_000, "bytes_in_use": 1})
+    memory.check_memory(config, {"bytes_limit": needed})
+    memory.check_memory(config, None)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import experiments.runs
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, checkpoint, programs
 from drama_jax.training.together import Together
-from experiments import atari_options, machine, processes, runner, sweep
+from experiments import atari_options, meeting, memory, runner, sweep
 from experiments.processes import Distributed
 from tests.tools import metrics_but_for_the_clock
 
@@ -137,13 +137,13 @@ def test_the_update_is_compiled_once_for_its_memory_and_for_the_loop(whole, capl
 )
 def test_agents_whose_update_does_not_fit_are_refused_with_the_number_that_fits(monkeypatch, free, agents, error):
     """Each takes 90 bytes, and all together another 40."""
-    monkeypatch.setattr(machine, "_BESIDES", 1.0)
+    monkeypatch.setattr(memory, "_BESIDES", 1.0)
     monkeypatch.setattr(programs, "update_bytes", lambda _, __, together: (1, 40 + 90 * together.count))
     stats = {"bytes_limit": free + 5, "bytes_in_use": 5}
     expected = pytest.raises(ConfigError, match=error) if error else contextlib.nullcontext()
     with expected:
-        machine.check_update(None, 4, Together(agents), stats)
-    machine.check_update(None, 4, Together(agents), None)
+        memory.check_update(None, 4, Together(agents), stats)
+    memory.check_update(None, 4, Together(agents), None)
 
 
 @pytest.mark.parametrize("step", [8, 23])
@@ -290,13 +290,13 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
 
 
 def test_processes_that_were_started_differently_do_not_begin(monkeypatch):
-    monkeypatch.setattr(processes, "_AGREE_S", 1)
+    monkeypatch.setattr(meeting, "_AGREE_S", 1)
     address = free_address()
 
     def meet(number: int) -> str:
         wanted = Distributed(address, processes=2, process=number, timeout=60)
         with pytest.raises(ConfigError) as caught:
-            processes.meet(wanted, f"{number + 2} seeds")
+            meeting.meet(wanted, f"{number + 2} seeds")
         return str(caught.value)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -307,14 +307,14 @@ def test_processes_that_were_started_differently_do_not_begin(monkeypatch):
 def test_processes_that_do_not_meet_say_so_in_a_line():
     wanted = Distributed(free_address(), processes=2, process=1, timeout=1)
     with pytest.raises(ConfigError, match="the 2 processes did not meet there within 1 s; it cannot be reached, or"):
-        processes.meet(wanted, "a command")
+        meeting.meet(wanted, "a command")
 
 
 def test_a_cluster_says_which_process_and_which_device_it_is(monkeypatch):
     slurm = {"JOB_ID": 4242, "STEP_NODELIST": "localhost", "NTASKS": 1, "PROCID": 0, "LOCALID": 3}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert processes.meet(Distributed("auto", timeout=60), "a command") == processes.Place(0, 1, "3")
+    assert meeting.meet(Distributed("auto", timeout=60), "a command") == meeting.Place(0, 1, "3")
 
 
 @pytest.mark.parametrize("done", [{0}, {1}, {0, 1}])
