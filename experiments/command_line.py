@@ -57,9 +57,10 @@ def to_continue(arguments: Sequence[str], program: str, directory: pathlib.Path)
     kept: list[str] = []
     values = iter(arguments)
     for argument in values:
+        flag = argument.partition("=")[0].replace("_", "-")  # tyro takes either
         if argument == "--logdir":
             next(values)
-        elif argument not in ("--no-resume", "--resume") and not argument.startswith("--logdir="):
+        elif flag not in ("--no-resume", "--resume", "--logdir"):
             kept.append(argument)
     return f"{program} {shlex.join([*kept, '--logdir', str(directory)])}"
 

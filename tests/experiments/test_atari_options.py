@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 
 import pytest
 
 from drama_jax.config import PRESETS, ConfigError, preset
-from experiments import atari_options
+from experiments import atari_options, command_line
 
 
 def parse(text: str):
@@ -137,3 +138,11 @@ def test_the_long_help_lists_every_field(capsys):
     shown = capsys.readouterr().out
     for flag in ("--agent.replay.imagination-tau", "--agent.fidelity.weight-by-survival", "--atari.noop-max"):
         assert flag in shown
+
+
+@pytest.mark.parametrize("logdir", ["--logdir old", "--logdir=old", ""])
+@pytest.mark.parametrize("resume", ["--no-resume", "--no_resume", "--resume", ""])
+def test_the_command_that_continues_a_run_names_it_and_takes_it(logdir, resume):
+    words = f"--game Pong {resume} {logdir} --agent.replay.tau 3".split()
+    command = command_line.to_continue(words, "program", pathlib.Path("a run"))
+    assert shlex.split(command) == "program --game Pong --agent.replay.tau 3 --logdir".split() + ["a run"]
