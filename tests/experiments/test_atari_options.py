@@ -145,4 +145,4 @@ def test_the_long_help_lists_every_field(capsys):
 def test_the_command_that_continues_a_run_names_it_and_takes_it(logdir, resume):
     words = f"--game Pong {resume} {logdir} --agent.replay.tau 3".split()
     command = command_line.to_continue(words, "program", pathlib.Path("a run"))
-    assert shlex.split(command) == "program --game Pong --agent.replay.tau 3 --logdir".split() + ["a run"]
+    assert shlex.split(command) == [*"program --game Pong --agent.replay.tau 3 --logdir".split(), "a run"]
