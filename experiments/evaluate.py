@@ -19,7 +19,7 @@ import jax
 
 from drama_jax.config import ConfigError, RunConfig, TaskRunConfig
 from drama_jax.envs.base import EmulatorError
-from drama_jax.training import checkpoint, evaluation, run_directory, scores
+from drama_jax.training import checkpoint, config_file, evaluation, run_directory, scores
 from drama_jax.training.logging import Progress
 from experiments import saved
 from experiments.command_line import parse_plain
@@ -68,7 +68,7 @@ def run(options: Options) -> tuple[str, list[float], pathlib.Path]:
       ConfigError: if the run or its weights cannot be read, an option is wrong, or the result cannot be written.
       EmulatorError: an emulator failed.
     """
-    game, config = run_directory.load_any_config(options.logdir)
+    game, config = config_file.load_any_config(options.logdir)
     config = _settings(game, config, options)
     num_envs = min(options.num_envs, options.episodes)
     with contextlib.closing(make_environment(game, config, num_envs=num_envs, evaluation=True)) as environment:

@@ -23,7 +23,7 @@ from drama_jax import agent
 from drama_jax.config import ConfigError
 from drama_jax.envs.base import Env
 from drama_jax.replay import Batch
-from drama_jax.training import run_directory
+from drama_jax.training import config_file
 from experiments import figures, saved
 from experiments.command_line import parse_plain
 from experiments.machine import make_environment
@@ -73,7 +73,7 @@ def draw(options: Options) -> list[pathlib.Path]:
       ConfigError: if the run cannot be read, matplotlib is missing, or the steps are too few.
     """
     figure = figures.import_figure()
-    game, config = run_directory.load_config(options.logdir)
+    game, config = config_file.load_config(options.logdir)
     context = config.agent.imagination.context_length
     least = max(options.frames, context + _DREAMT)
     if options.frames < 1 or options.steps < least:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Protocol
 
 from drama_jax.config import ConfigError
-from drama_jax.training import checkpoint, metrics_file, resume, run_directory
+from drama_jax.training import checkpoint, config_file, metrics_file, resume, run_directory
 from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.config_file import RunSettings
 from drama_jax.training.replay_log import Segment
-from drama_jax.training.run_directory import RunSettings
 from experiments.sweep import Planned, Settings, Settings_co
 
 Saved = tuple[Snapshot, list[Segment]]
@@ -142,7 +142,7 @@ def _new(options: Command, game: str, planned: Planned[Settings], stack: context
     directory = run_directory.create(options.logdir, game, options.preset, planned.config)
     stack.enter_context(run_directory.lock(directory))
     print(f"run directory {directory}", flush=True)
-    return Run(game, planned.config, options.preset, directory, resume.read(directory)["id"], None, [])
+    return Run(game, planned.config, options.preset, directory, config_file.read(directory)["id"], None, [])
 
 
 def _continued(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from drama_jax.config import ConfigError
-from drama_jax.training.run_directory import RunSettings
+from drama_jax.training.config_file import RunSettings
 from experiments.command_line import with_flags
 
 Settings = TypeVar("Settings", bound=RunSettings)

@@ -13,10 +13,10 @@ import flax.traverse_util
 
 from drama_jax.action_space import ActionSpace
 from drama_jax.config import ConfigError
-from drama_jax.training import arrays, programs, replay_log, run_directory, scores
+from drama_jax.training import arrays, config_file, programs, replay_log, run_directory, scores
 from drama_jax.training.checkpoint import Snapshot
+from drama_jax.training.config_file import RunSettings
 from drama_jax.training.replay_log import Segment
-from drama_jax.training.run_directory import CONFIG, LATER, RunSettings
 
 _MAY_CHANGE = ("steps", "max_skipped_updates", "evaluation/", "logging/")
 
@@ -72,12 +72,17 @@ def runs(
 ) -> list[pathlib.Path]:
     """The directories of all runs of this game, preset and seed that have the values in `same`; see `find`."""
     paths = [path for path in logdir.glob(f"{game}/{preset}/seed{config.seed}-*") if is_run(path)]
-    return [path for path in paths if not same or same.items() <= (LATER | _flat(read(path)["config"])).items()]
+    return [path for path in paths if not same or same.items() <= _settings(path).items()]
+
+
+def _settings(directory: pathlib.Path) -> dict[str, Any]:
+    """A run's configuration by path of the field."""
+    return config_file.LATER | _flat(config_file.read(directory)["config"])
 
 
 def is_run(path: pathlib.Path) -> bool:
     """Whether this is the directory of a run."""
-    return (path / CONFIG).is_file()
+    return (path / config_file.NAME).is_file()
 
 
 def finished(directory: pathlib.Path, steps: int) -> bool:
@@ -98,8 +103,8 @@ def check(directory: pathlib.Path, game: str, preset: str, config: RunSettings) 
     Raises:
       ConfigError: a field differs that may not, or config.json cannot be read.
     """
-    saved = read(directory)
-    before = LATER | _flat({"game": saved["game"], "preset": saved["preset"], **saved["config"]})
+    saved = config_file.read(directory)
+    before = config_file.LATER | _flat({"game": saved["game"], "preset": saved["preset"], **saved["config"]})
     given = _flat({"game": game, "preset": preset, **dataclasses.asdict(config)})
     changed = {
         name: [before.get(name), given.get(name)]
@@ -115,43 +120,18 @@ def check(directory: pathlib.Path, game: str, preset: str, config: RunSettings) 
     return saved["id"], changed
 
 
-def read(directory: pathlib.Path) -> dict[str, Any]:
-    """The content of config.json.
-
-    Raises:
-      ConfigError: it cannot be read, or misses something.
-    """
-    path = directory / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content["config"], dict) or not isinstance(content["id"], str):
-            raise TypeError("config or id is of the wrong type")
-        if not isinstance(content["game"], str) or not isinstance(content["preset"], str):
-            raise TypeError("game or preset is of the wrong type")
-        if not isinstance(content.get("continued", []), list):
-            raise TypeError("continued is of the wrong type")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror})") from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} was not written by this version of drama_jax ({type(error).__name__}: {error}); --no-resume "
-            f"starts a new run"
-        ) from error
-    return dict(content)
-
-
 def note(directory: pathlib.Path, config: RunSettings, step: int, changed: Mapping[str, list[Any]]) -> None:
     """Writes to config.json that the run is continued, where, with what, and what has changed.
 
     Raises:
       ConfigError: it cannot be written.
     """
-    content = read(directory)
+    content = config_file.read(directory)
     part = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "step": step, "changed": dict(changed)}
     content["config"] = dataclasses.asdict(config)
     content["continued"] = [*content.get("continued", []), part | dict(run_directory.environment())]
     try:
-        scores.write(directory / CONFIG, content)
+        scores.write(directory / config_file.NAME, content)
         done = directory / "scores.json"
         if done.exists():  # of fewer steps
             done.rename(directory / f"scores-{json.loads(done.read_text(encoding='utf-8'))['steps']}.json")

@@ -12,7 +12,7 @@ import pytest
 
 from drama_jax.config import ConfigError
 from drama_jax.envs import envpool_backend
-from drama_jax.training import checkpoint, resume
+from drama_jax.training import checkpoint, config_file
 from experiments import envpool, envpool_options, evaluate, machine
 from tests.tools import metrics_but_for_the_clock
 
@@ -57,7 +57,7 @@ def run(logdir, *words, code=0):
 
 def saved(directory):
     """The last checkpoint's arrays, and the rows of the replay."""
-    snapshot, segments = checkpoint.load(directory, resume.read(directory)["id"])
+    snapshot, segments = checkpoint.load(directory, config_file.read(directory)["id"])
     assert snapshot.step == 24
     files = [np.load(directory / segment.name) for segment in segments]
     return snapshot.device, {name: np.concatenate([file[name] for file in files]) for name in files[0].files}

@@ -20,7 +20,7 @@ from drama_jax.action_space import Continuous
 from drama_jax.config import ConfigError
 from drama_jax.envs import jax_env as environments
 from drama_jax.replay import Transition
-from drama_jax.training import checkpoint, in_graph, random_play, resume
+from drama_jax.training import checkpoint, config_file, in_graph, random_play
 from experiments import jax_curves, jax_env, jax_presets
 from tests.tools import metrics_but_for_the_clock, metrics_lines, quick_jit
 
@@ -76,7 +76,7 @@ def run_of(logdir, seed):
 
 def saved(directory):
     """The arrays of its last checkpoint."""
-    snapshot, segments = checkpoint.load(directory, resume.read(directory)["id"])
+    snapshot, segments = checkpoint.load(directory, config_file.read(directory)["id"])
     assert snapshot.step == STEPS and segments == []
     return snapshot.device
 
@@ -277,7 +277,7 @@ WRONG = [
     (f"--env Catch-bsuite {AE}.vector-size 3", f"{AE}.vector-size must be 0 for Catch-bsuite, got 3"),
     ("--env nowhere:Env", "--env: no environment 'nowhere:Env': No module named 'nowhere'"),
     ("--env math:Env", "--env: no environment 'math:Env': module 'math' has no attribute 'Env'"),
-    ("--env Catch-bsuite --preset huge", "--preset: unknown preset 'huge'; accepted: tiny, vector, small, xs"),
+    ("--env Catch-bsuite --preset huge", "--preset: unknown preset 'huge'; accepted: tiny, minatar, vector, small, xs"),
     ("--env Catch-bsuite --seeds 0", "--seeds must be an integer from 1 to 1024, got 0"),
     ("--env Catch-bsuite --seed -1", "--seed must lie in [0, 2000000000], got -1"),
     ("--env Catch-bsuite --steps 0", "--steps must be an integer from 1 to 2147483647, got 0"),
@@ -315,7 +315,12 @@ def test_without_gymnax_a_line_says_how_to_get_it(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("name", "preset", "shape"),
-    [("Breakout-MinAtar", "tiny", (10, 10, 4)), ("Seaquest-MinAtar", "small", (12, 12, 10)), ("Pong-misc", "xs", 64)],
+    [
+        ("Breakout-MinAtar", "tiny", (10, 10, 4)),
+        ("Asterix-MinAtar", "minatar", (10, 10, 4)),
+        ("Seaquest-MinAtar", "small", (12, 12, 10)),
+        ("Pong-misc", "xs", 64),
+    ],
 )
 def test_images_are_as_small_as_the_environment_and_the_autoencoder_allow(name, preset, shape):
     _, config, env = jax_presets.parse(["--env", name, "--preset", preset])
@@ -338,7 +343,7 @@ def test_a_vector_environment_with_continuous_actions_from_end_to_end(tmp_path):
     assert jax_env.main(["--env", "Pendulum-v1", *small, *sizes.split()]) == 0
     for seed in SEEDS:
         (directory,) = tmp_path.glob(f"Pendulum-v1/vector/seed{seed}-*")
-        found = checkpoint.load(directory, resume.read(directory)["id"])[0].device
+        found = checkpoint.load(directory, config_file.read(directory)["id"])[0].device
         stored = {name: found[f"agent/replay/{name}"][:18] for name in ("frames", "actions", "firsts")}
         assert stored["frames"].shape == (18, 3) and stored["frames"].dtype == np.float32
         np.testing.assert_allclose(np.square(stored["frames"][:, :2]).sum(axis=1), 1, rtol=1e-5)  # cosine and sine

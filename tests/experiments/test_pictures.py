@@ -8,13 +8,13 @@ from PIL import Image
 
 from drama_jax.config import RunConfig
 from drama_jax.replay import Batch
-from drama_jax.training import run_directory
+from drama_jax.training import config_file
 from experiments import pictures
 
 
 def test_the_configuration_of_a_run_comes_back(saved_run):
     directory, config = saved_run
-    game, loaded = run_directory.load_config(directory)
+    game, loaded = config_file.load_config(directory)
     assert game == "Breakout" and loaded == config and isinstance(loaded, RunConfig)
     assert hash(loaded) == hash(config)
 

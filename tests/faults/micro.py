@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from drama_jax.training import checkpoint, programs, replay_log, resume
+from drama_jax.training import checkpoint, config_file, programs, replay_log
 from experiments import atari100k, atari_options, machine
 from tests.tools import metrics_but_for_the_clock
 
@@ -64,7 +64,7 @@ def steps_saved(run: pathlib.Path) -> list[int]:
 
 def final(run: pathlib.Path) -> dict[str, Any]:
     """All that a run ends with: every array of agent and loop, the replay, the emulator, and the scores."""
-    identity = resume.read(run)["id"]
+    identity = config_file.read(run)["id"]
     _, config = atari_options.parse(ARGUMENTS, "x")
     snapshot, segments = checkpoint.load(run, identity)
     template = programs.shapes(config.agent, 4).replay

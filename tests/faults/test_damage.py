@@ -28,7 +28,7 @@ from micro import (
 )
 
 from drama_jax.config import ConfigError
-from drama_jax.training import checkpoint, orbax_arrays, resume
+from drama_jax.training import checkpoint, config_file, orbax_arrays
 from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.signals import stop_requested
 from tests.tools import metrics_lines
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(logdir, name, 
     path = FILES[name](run)
     what = damage(path)
     messages: list[str] = []
-    snapshot, segments = checkpoint.load(run, resume.read(run)["id"], messages.append)
+    snapshot, segments = checkpoint.load(run, config_file.read(run)["id"], messages.append)
     assert snapshot.step == 20 and segments[-1].stop == 19
     (message,) = messages
     assert path.name in message and re.search(what, message) and "checkpoint 20 is used" in message
@@ -120,7 +120,7 @@ def test_a_foreign_file_is_named(logdir):
     run = only_run(logdir)
     (run / "checkpoints" / "30" / "agent" / "stowaway").write_text("")
     messages: list[str] = []
-    snapshot, _ = checkpoint.load(run, resume.read(run)["id"], messages.append)
+    snapshot, _ = checkpoint.load(run, config_file.read(run)["id"], messages.append)
     assert snapshot.step == 20 and "agent/stowaway does not belong to it" in messages[0]
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_run_or_step_is_not_taken(logdir, whole):
     shutil.copytree(whole / "checkpoints" / "40", run / "checkpoints" / "40")
     shutil.copytree(run / "checkpoints" / "20", run / "checkpoints" / "35")
     messages: list[str] = []
-    snapshot, _ = checkpoint.load(run, resume.read(run)["id"], messages.append)
+    snapshot, _ = checkpoint.load(run, config_file.read(run)["id"], messages.append)
     assert snapshot.step == 30
     assert [re.sub(".* (belongs to [a-z ]+).*", r"\1", message) for message in messages] == [
         "belongs to another run",
@@ -233,7 +233,7 @@ def test_a_disk_that_fills_up_while_orbax_writes_leaves_the_previous_checkpoint(
         shutil.copytree(only_run(logdir), run)
         fill(disk)
         os.truncate(disk / "filler", (disk / "filler").stat().st_size - 100_000)
-        identity = resume.read(run)["id"]
+        identity = config_file.read(run)["id"]
         found, segments = checkpoint.load(run, identity)
         noise = np.random.default_rng(0)
         device = {name: noise.normal(size=(1000, *array.shape)) for name, array in found.device.items()}

@@ -19,7 +19,7 @@ from drama_jax.config import AtariConfig, ConfigError, RunConfig, preset
 from drama_jax.envs import make_atari
 from drama_jax.envs.base import StateMismatch, pack_state, unpack_state
 from drama_jax.replay import init
-from drama_jax.training import checkpoint, files, manifest, metrics_file, replay_log, resume, run_directory
+from drama_jax.training import checkpoint, config_file, files, manifest, metrics_file, replay_log, resume
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.replay_log import Row, Segment
@@ -86,7 +86,7 @@ def test_any_command_line_is_a_run_or_one_line(capsys, game, parts):
         assert stop.code == 0 and "usage" in capsys.readouterr().out
     else:
         assert isinstance(config, RunConfig) and hash(config)
-        assert run_directory._from_dict(RunConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+        assert config_file._from_dict(RunConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @QUIET
@@ -118,7 +118,7 @@ TEXTS = [
 def test_garbage_for_a_config_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     for read in (
-        resume.read,
+        config_file.read,
         lambda run: resume.check(run, "Pong", "tiny", preset("tiny")),
         lambda run: resume.note(run, preset("tiny"), 3, {}),
     ):
@@ -151,7 +151,7 @@ def test_a_saved_configuration_of_wrong_fields_names_them(tmp_path, path, value,
     node[name] = value
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError) as error:
-        run_directory.load_config(tmp_path)
+        config_file.load_config(tmp_path)
     assert line in str(error.value) and "config.json" in str(error.value) and one_line(str(error.value))
 
 

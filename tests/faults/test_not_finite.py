@@ -7,7 +7,7 @@ from micro import compiled_fast, main, only_run, steps_saved
 from drama_jax import replay
 from drama_jax.agent import AgentState
 from drama_jax.guard import Guard
-from drama_jax.training import checkpoint, resume, watch
+from drama_jax.training import checkpoint, config_file, watch
 from experiments import machine
 from tests.tools import metrics_lines
 
@@ -50,7 +50,7 @@ def test_too_many_in_a_row_end_the_run_with_a_checkpoint_and_their_batch(tmp_pat
         assert np.isnan(batch["rewards"]).any()
     last = metrics_lines(run)[-1]
     assert last["guard/skipped_in_a_row"] >= 5 and last["guard/skipped_world_model_updates"] >= 5
-    snapshot, _ = checkpoint.load(run, resume.read(run)["id"])
+    snapshot, _ = checkpoint.load(run, config_file.read(run)["id"])
     learnt = {name: array for name, array in snapshot.device.items() if name.startswith("agent/world_model/params")}
     assert learnt and all(np.isfinite(array).all() for array in learnt.values())
 

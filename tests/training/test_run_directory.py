@@ -11,7 +11,7 @@ import re
 import pytest
 
 from drama_jax.config import ConfigError, RunConfig, preset
-from drama_jax.training import resume, run_directory
+from drama_jax.training import config_file, resume, run_directory
 
 
 def test_it_holds_the_resolved_configuration_and_the_versions(tmp_path):
@@ -30,14 +30,14 @@ def test_what_an_older_version_wrote_is_read_as_what_it_did(tmp_path):
     config = _with_free_bits_of_the_mean(preset("tiny"))
     directory = run_directory.create(tmp_path, "Pong", "tiny", config)
     written = json.loads((directory / "config.json").read_text())
-    for path, value in run_directory.LATER.items():
+    for path, value in config_file.LATER.items():
         *groups, name = path.split("/")
         part = written["config"]
         for group in groups:
             part = part[group]
         assert part.pop(name) == value == functools.reduce(getattr, path.split("/"), config)
     (directory / "config.json").write_text(json.dumps(written))
-    assert run_directory.load_config(directory) == ("Pong", config)
+    assert config_file.load_config(directory) == ("Pong", config)
     assert resume.check(directory, "Pong", "tiny", config) == (written["id"], {})
     same = {"agent/behaviour/name": "actor_critic", "agent/world_model/backbone/name": "mamba2"}
     assert resume.runs(tmp_path, "Pong", "tiny", config, same) == [directory]
