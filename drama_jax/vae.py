@@ -13,6 +13,7 @@ convolutions.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -24,12 +25,12 @@ from drama_jax.config import AutoencoderConfig
 from drama_jax.nn import (
     BatchNorm,
     conv3x3,
-    conv_transpose_stride1,
     depth_to_space,
     gpu_convolution,
     space_to_depth,
     stencil_stride1,
     stencil_stride2,
+    stencil_transpose_stride1,
     stencil_transpose_stride2,
 )
 from drama_jax.nn.batch_norm import Layout, rearrange
@@ -135,23 +136,44 @@ class Decoder(nn.Module):
         channels = self.config.image_channels
         kernel = self.param("kernel", weight_init, (5, 5, depths[-1], channels), params)
         bias = self.param("bias", nn.initializers.zeros, (channels,), params)
-        y = conv_transpose_stride1(x, kernel.astype(self.dtype)).astype(params)
-        return nn.sigmoid(add_bias(y, bias))
+        taps = stencil_transpose_stride1(kernel.astype(self.dtype))
+        # With the channels that the convolution adds anyway, their gradient is written with them, not copied to them.
+        taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, -taps.shape[-1] % 16)))
+        return biased_sigmoid(conv3x3(x, taps), bias, 4)
 
 
-@jax.custom_vjp
-def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y [N, h, w, phases * C] plus bias [C] on every phase."""
-    return y + jnp.tile(bias, y.shape[-1] // bias.shape[0])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def biased_sigmoid(y: jax.Array, bias: jax.Array, phases: int) -> jax.Array:
+    """sigmoid(y + bias) of every phase, in the dtype of `bias`: [N, h, w, phases * C or more] -> [N, h, w, phases * C].
+
+    Channels of y beyond those of the result are dropped.
+    """
+    return nn.sigmoid(y[..., : phases * bias.shape[0]].astype(bias.dtype) + jnp.tile(bias, phases))
 
 
-def _add_bias_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _biased_sigmoid_backward(
+    phases: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    y, bias = saved
+    frames = biased_sigmoid(y, bias, phases)
+    inner = (gradient * frames * (1 - frames)).astype(y.dtype)
+    inner = jnp.pad(inner, ((0, 0),) * (y.ndim - 1) + ((0, y.shape[-1] - inner.shape[-1]),))
+    # Written once, in the dtype of `y`, for the gradients of convolution and bias: left to XLA, both work it out from
+    # the gradient by the frames, which is of float32.
+    inner = jax.lax.optimization_barrier(inner)
     # Whole lines first, then their cells: a sum straight to so few channels runs at a fifth of the bandwidth.
-    lines = jax.lax.optimization_barrier(gradient.sum(axis=(0, 1)))
-    return gradient, lines.reshape(-1, bias.shape[0]).sum(axis=0)
+    lines = jax.lax.optimization_barrier(inner.astype(bias.dtype).sum(axis=(0, 1)))
+    by_phase = lines[:, : gradient.shape[-1]].reshape(-1, bias.shape[0])
+    return inner, by_phase.sum(axis=0)
 
 
-add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
+def _biased_sigmoid_forward(
+    y: jax.Array, bias: jax.Array, phases: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return biased_sigmoid(y, bias, phases), (y, bias)
+
+
+biased_sigmoid.defvjp(_biased_sigmoid_forward, _biased_sigmoid_backward)
 
 
 def posterior_head(config: AutoencoderConfig, dtype: Dtype) -> nn.Dense:

@@ -107,13 +107,12 @@ def test_largest_is_top_k_with_equals_in_their_order(size, share, levels, seed):
     np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:num])
 
 
-@pytest.mark.parametrize(("num", "looks"), [(16, 2), (1024, 1)])
-def test_largest_looks_at_few_numbers_of_a_full_replay(num, looks):
+@pytest.mark.parametrize(("num", "sorts"), [(16, 0), (1024, 1)])
+def test_largest_sorts_nothing_for_few_of_a_full_replay(num, sorts):
     values = jax.random.gumbel(jax.random.key(0), (100_000,))
     np.testing.assert_array_equal(dfs.largest(values, num), jax.lax.top_k(values, num)[1])
     equations = jax.make_jaxpr(lambda values: dfs.largest(values, num))(values).eqns
-    sizes = [equation.invars[0].aval.size for equation in equations if equation.primitive.name == "top_k"]
-    assert len(sizes) == looks and (looks == 1 or max(sizes) < 2_000), sizes
+    assert sum(equation.primitive.name in ("top_k", "sort") for equation in equations) == sorts
 
 
 def test_one_trace_serves_every_size():

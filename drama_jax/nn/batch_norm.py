@@ -148,22 +148,25 @@ def _normalise_silu_backward(
     y, scale, shift, mean, inverse = saved
     dtype = scale.dtype
 
-    def through_silu(y: jax.Array, gradient: jax.Array) -> jax.Array:
-        u = y.astype(dtype) * jnp.tile(scale, phases) + jnp.tile(shift, phases)
+    def widened(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """y, the gradient where y is, and silu'(u)."""
+        y = y.astype(dtype)
+        u = y * jnp.tile(scale, phases) + jnp.tile(shift, phases)
         gate = nn.sigmoid(u)
         gradient = rearrange(gradient, {"phases": "pixels", "pixels": "phases"}.get(layout, "same"))
-        return gradient.astype(dtype) * gate * (1 + u * (1 - gate))
+        return y, gradient.astype(dtype), gate * (1 + u * (1 - gate))
 
     gradient = gradients[0]
-    inner = through_silu(y, gradient)
-    by_beta = _per_channel_mean(inner, phases)
-    by_y = _per_channel_mean(inner * y.astype(dtype), phases)
+    wide, outer, silu_slope = widened(y, gradient)
+    by_beta = _per_channel_mean(outer * silu_slope, phases)
+    # Not (outer silu_slope) y: that product, needed twice, XLA for an H200 writes to memory in float32.
+    by_y = _per_channel_mean(outer * wide * silu_slope, phases)
     by_gamma = inverse * (by_y - mean * by_beta)
-    # Behind the barrier `inner` is computed anew instead of being written to memory and read again.
+    # Behind the barrier both are computed anew instead of being written to memory and read again.
     y, gradient, by_beta, by_gamma = lax.optimization_barrier((y, gradient, by_beta, by_gamma))
     slope, level = _slope_and_level(by_beta, by_gamma, saved)
-    result = through_silu(y, gradient) * jnp.tile(scale, phases)
-    result = result + y.astype(dtype) * jnp.tile(slope, phases) + jnp.tile(level, phases)
+    wide, outer, silu_slope = widened(y, gradient)
+    result = outer * silu_slope * jnp.tile(scale, phases) + wide * jnp.tile(slope, phases) + jnp.tile(level, phases)
     count = y.size // scale.shape[0]
     return result.astype(y.dtype), by_gamma * count, by_beta * count
 

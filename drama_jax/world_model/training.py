@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import optax
 
 from drama_jax import action_space, checks, distributions, optim, vae
@@ -17,6 +16,7 @@ from drama_jax.replay import Batch
 from drama_jax.world_model import networks
 from drama_jax.world_model.inference import observe, prior, reward_logits, termination_logits
 from drama_jax.world_model.networks import Params, WorldModelState
+from drama_jax.world_model.reconstruction import reconstruction_loss
 
 
 @flax.struct.dataclass
@@ -112,9 +112,7 @@ def losses(
         segment_ids=(segment_ids, ("B", "T"), "integer or None"),
     )
     dtype = out.reconstruction.dtype
-    target = vae.to_inputs(ae, batch.frames.reshape(-1, *ae.frame_shape), dtype)
-    error = jnp.square(out.reconstruction - target.reshape(out.reconstruction.shape))
-    reconstruction = error.sum(axis=tuple(range(2, error.ndim))).mean()
+    reconstruction = reconstruction_loss(ae, out.reconstruction, batch.frames).mean()
     reward = distributions.two_hot_loss(out.reward_logits, batch.rewards.astype(dtype)).mean()
     termination = distributions.binary_cross_entropy(out.termination_logits, batch.terminals.astype(dtype)).mean()
     weight = None if segment_ids is None else (segment_ids[:, 1:] == segment_ids[:, :-1]).astype(dtype)
@@ -169,6 +167,8 @@ def loss(
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params, Forward]]:
     """`losses` of `forward`: the total, and (terms, moved batch statistics, forward pass)."""
+    # Gathered once: left to itself XLA does it again wherever a frame is read.
+    batch = batch.replace(frames=jax.lax.optimization_barrier(batch.frames))
     out, batch_stats = forward(
         config, params, batch_stats, batch, gumbel, segment_ids, num_actions=num_actions, dropout_key=dropout_key
     )
