@@ -16,6 +16,8 @@ from drama_jax.config.validation import (
     require,
 )
 
+Reconstruction = Literal["squared_error", "cross_entropy"]
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -33,6 +35,10 @@ class AutoencoderConfig:
     classes: int = 32
     unimix: float = 0.01
     """Share of the uniform distribution mixed into every categorical."""
+    reconstruction: Reconstruction = "squared_error"
+    """Loss of an image's pixels; the released code has the first. `cross_entropy`, of each pixel as a probability, is
+    for boards whose cells are on or off: where one is seldom on the sigmoid is near 0, and by the squared error hardly
+    moves from there."""
     vector_size: int = 0
     """Numbers of a vector observation, which is then seen in place of an image; 0 for images."""
     vector_layers: int = 3
@@ -45,8 +51,17 @@ class AutoencoderConfig:
         at_most(self, MOST_LAYERS, "vector_layers")
         not_negative(self, "vector_size")
         fraction(self, "unimix")
+        require(
+            self.reconstruction == "squared_error" or not self.vector_size,
+            "AutoencoderConfig.reconstruction must be squared_error for vector observations, got cross_entropy",
+        )
         require(len(self.depths) >= 2, f"AutoencoderConfig.depths needs at least two entries, got {self.depths}")
         require(min(self.depths) > 0, f"AutoencoderConfig.depths must be positive, got {self.depths}")
+        require(
+            self.reconstruction == "squared_error" or not self.vector_size,
+            "AutoencoderConfig.reconstruction must be squared_error for vectors, which are no probabilities, "
+            f"got {self.reconstruction}",
+        )
         size = self.latent_size
         require(size <= LARGEST, f"AutoencoderConfig.categoricals * classes must be <= {LARGEST}, got {size}")
         require(len(self.depths) <= 16, f"AutoencoderConfig.depths needs at most 16 entries, got {len(self.depths)}")
