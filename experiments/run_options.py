@@ -1,4 +1,4 @@
-"""What the command lines of `experiments.atari100k` and `experiments.envpool` have in common."""
+"""What the command lines of `experiments.atari100k` and `experiments.envpool` have in common; `filled`, of all."""
 
 from __future__ import annotations
 
@@ -61,25 +61,35 @@ class AllOptions(Options):
 def defaults(kind: type[Kind], base: AnyRunConfig, **own: Any) -> Kind:
     """The preset's values, as the defaults of the flags; those that a command has alone are in `own`."""
     values: dict[str, Any] = {
-        "steps": base.steps,
-        "seed": base.seed,
-        "seeds": 1,
-        "devices": None,
-        "logdir": pathlib.Path("runs"),
         "eval_episodes": base.evaluation.episodes,
         "backbone": base.agent.world_model.backbone.name,
         "behaviour": base.agent.behaviour.name,
         "sampler": base.agent.replay.sampler,
-        "compilation_cache": command_line.compilation_cache(),
-        "resume": True,
         "deterministic": False,
-        "agent": base.agent,
         "evaluation": base.evaluation,
-        "logging": base.logging,
-        "max_skipped_updates": base.max_skipped_updates,
         "debug_nans": False,
         "check": False,
     }
+    found: Kind = filled(kind, base, **values | own)
+    return found
+
+
+def filled(kind: type[Any], base: Any, **own: Any) -> Any:
+    """The defaults of the flags `kind` of a command that trains: what all of them have, and its `own`.
+
+    Args:
+      kind: a dataclass of flags.
+      base: the preset, of whatever configuration; it has steps, seed, agent, logging and max_skipped_updates.
+      own: values of its other flags; names that `kind` lacks are passed over.
+    """
+    values: dict[str, Any] = {
+        "seeds": 1,
+        "devices": None,
+        "logdir": pathlib.Path("runs"),
+        "compilation_cache": command_line.compilation_cache(),
+        "resume": True,
+    }
+    values |= {name: getattr(base, name) for name in ("steps", "seed", "agent", "logging", "max_skipped_updates")}
     values |= own
     return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 

@@ -284,6 +284,7 @@ WRONG = [
     ("--env Catch-bsuite --steps many", "--steps must be an integer, got 'many'"),
     ("--env Catch-bsuite --random-episodes -1", "--random-episodes must be an integer from 0 to 10000, got -1"),
     ("--env Catch-bsuite --logging.metrics-every 0", "--logging.metrics-every must be an integer from 1"),
+    (f"--env CartPole-v1 {AE}.reconstruction cross_entropy", f"{AE}.reconstruction must be squared_error for vectors"),
     (f"--env Catch-bsuite {AE}.image-size 8", f"{AE}.image-size must be at least 10 for observations (10, 5), got 8"),
     (f"--env Catch-bsuite {AE}.image-size 11", f"{AE}.image-size must be a multiple of 2 for 2 depths, got 11"),
     (f"--env Catch-bsuite {AE}.image-channels 3", f"{AE}.image-channels must be 1 for Catch-bsuite, got 3"),
@@ -335,6 +336,8 @@ def test_a_vector_environment_has_its_own_preset_unless_another_is_given():
     assert config.agent.world_model.autoencoder.vector_size == 3
     assert config == dataclasses.replace(jax_presets.PRESETS["vector"](), agent=config.agent)
     assert options.preset == "small" and other.agent.world_model.autoencoder.vector_size == 4
+    _, boards, _ = jax_presets.parse(["--env", "CartPole-v1", "--preset", "minatar"])
+    assert boards.agent.world_model.autoencoder.reconstruction == "squared_error"  # numbers are no probabilities
 
 
 def test_a_vector_environment_with_continuous_actions_from_end_to_end(tmp_path):

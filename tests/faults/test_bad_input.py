@@ -242,6 +242,14 @@ CONFIGURATIONS = [
     (lambda: AutoencoderConfig(depths=(2,) * 17), "AutoencoderConfig.depths needs at most 16 entries, got 17"),
     (lambda: AutoencoderConfig(image_size=np.int64(64)), "AutoencoderConfig.image_size must be an integer of at most"),
     (lambda: AutoencoderConfig(image_size=True), "AutoencoderConfig.image_size must be an integer of at most"),
+    (
+        lambda: AutoencoderConfig(reconstruction="l1"),
+        "AutoencoderConfig.reconstruction must be one of 'squared_error', 'cross_entropy', got 'l1'",
+    ),
+    (
+        lambda: AutoencoderConfig(reconstruction="cross_entropy", vector_size=3),
+        "AutoencoderConfig.reconstruction must be squared_error for vectors",
+    ),
     (lambda: AutoencoderConfig(unimix=None), "AutoencoderConfig.unimix must be a finite number, got None"),
     (lambda: AutoencoderConfig(unimix=np.eye(2)), "got array([[1., 0.], [0., 1.]])"),
     (lambda: BackboneConfig(name=5), "'mamba2', 'mamba', 'gru', 'transformer', 'rwkv', got 5"),
