@@ -57,11 +57,6 @@ class AutoencoderConfig:
         )
         require(len(self.depths) >= 2, f"AutoencoderConfig.depths needs at least two entries, got {self.depths}")
         require(min(self.depths) > 0, f"AutoencoderConfig.depths must be positive, got {self.depths}")
-        require(
-            self.reconstruction == "squared_error" or not self.vector_size,
-            "AutoencoderConfig.reconstruction must be squared_error for vectors, which are no probabilities, "
-            f"got {self.reconstruction}",
-        )
         size = self.latent_size
         require(size <= LARGEST, f"AutoencoderConfig.categoricals * classes must be <= {LARGEST}, got {size}")
         require(len(self.depths) <= 16, f"AutoencoderConfig.depths needs at most 16 entries, got {len(self.depths)}")

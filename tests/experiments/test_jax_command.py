@@ -284,7 +284,7 @@ WRONG = [
     ("--env Catch-bsuite --steps many", "--steps must be an integer, got 'many'"),
     ("--env Catch-bsuite --random-episodes -1", "--random-episodes must be an integer from 0 to 10000, got -1"),
     ("--env Catch-bsuite --logging.metrics-every 0", "--logging.metrics-every must be an integer from 1"),
-    (f"--env CartPole-v1 {AE}.reconstruction cross_entropy", f"{AE}.reconstruction must be squared_error for vectors"),
+    (f"--env CartPole-v1 {AE}.reconstruction cross_entropy", f"{AE}.reconstruction must be squared_error for vector"),
     (f"--env Catch-bsuite {AE}.image-size 8", f"{AE}.image-size must be at least 10 for observations (10, 5), got 8"),
     (f"--env Catch-bsuite {AE}.image-size 11", f"{AE}.image-size must be a multiple of 2 for 2 depths, got 11"),
     (f"--env Catch-bsuite {AE}.image-channels 3", f"{AE}.image-channels must be 1 for Catch-bsuite, got 3"),

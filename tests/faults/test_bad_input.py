@@ -248,7 +248,7 @@ CONFIGURATIONS = [
     ),
     (
         lambda: AutoencoderConfig(reconstruction="cross_entropy", vector_size=3),
-        "AutoencoderConfig.reconstruction must be squared_error for vectors",
+        "AutoencoderConfig.reconstruction must be squared_error for vector observations",
     ),
     (lambda: AutoencoderConfig(unimix=None), "AutoencoderConfig.unimix must be a finite number, got None"),
     (lambda: AutoencoderConfig(unimix=np.eye(2)), "got array([[1., 0.], [0., 1.]])"),
