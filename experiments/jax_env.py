@@ -224,8 +224,8 @@ class _Files:
         """Waits for the last checkpoint, writes scores.json; what could not be saved, as a line."""
         self._checkpoints.wait()
         directory, config = self._run.directory, self._run.config
-        if self._checkpoints.error is not None:
-            return f"the last checkpoint of {directory} could not be saved ({self._checkpoints.error})"
+        if self._checkpoints.problem is not None:
+            return self._checkpoints.problem
         if to_the_end:
             result = {
                 "env": self._config.env,

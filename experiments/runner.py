@@ -15,14 +15,15 @@ import jax
 
 from drama_jax import agent
 from drama_jax.action_space import ActionSpace
-from drama_jax.envs.base import EmulatorError, Env
-from drama_jax.training import evaluation, loop, programs, resume, run_directory, scores
+from drama_jax.envs.base import Env
+from drama_jax.training import loop, programs, resume, run_directory
 from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 from drama_jax.training.member import Member, Training
 from drama_jax.training.together import Together
 from experiments import machine, memory, run_options
 from experiments.exits import Failed
+from experiments.final_scores import evaluate, report
 from experiments.machine import Played
 from experiments.processes import ALONE, Distributed
 from experiments.runs import Run, prepare, unfinished
@@ -109,15 +110,12 @@ def train(
         trainings = loop.train_together(
             config, members, state, together, progress=progress, stop=stop, on_measured=on_measured, check=options.check
         )
-        files = [(one, member.checkpoints) for one, member in zip(runs, members) if member.checkpoints is not None]
-        unsaved = [
-            f"the last checkpoint of {one.directory} could not be saved ({checkpoints.error})"
-            for one, checkpoints in files
-            if checkpoints.error is not None
-        ]
+        problems = [member.checkpoints.problem for member in members if member.checkpoints is not None]
+    unsaved = [problem for problem in problems if problem is not None]
     if trainings[0].fault is not None:
         where = ", ".join(str(one.directory) for one in runs)
-        raise Failed(f"{trainings[0].fault}. What was learnt is saved in {where}; the same command continues there")
+        saved = "; ".join(unsaved) or f"What was learnt is saved in {where}"
+        raise Failed(f"{trainings[0].fault}. {saved}; the same command continues there")
     return trainings, unsaved
 
 
@@ -164,55 +162,3 @@ def evaluate_all(
         before = training.wall_clock_s - training.this_part_s
         report(one, training, returns, before + time.perf_counter() - start)
     return True
-
-
-def evaluate(this: Run[Played], training: Training, key: jax.Array, stop: Callable[[], bool]) -> list[float] | None:
-    """Plays the evaluation episodes and logs their mean; None if `stop` has ended it.
-
-    Raises:
-      Failed: if the emulator failed.
-    """
-    config, episodes = this.config, this.config.evaluation.episodes
-    if episodes == 0:
-        return []
-    num_envs = min(config.evaluation.num_envs, episodes)
-    with (
-        contextlib.closing(Progress(episodes, config.logging.progress, "evaluation", unit="episode")) as progress,
-        Writer(this.directory, config.logging, say=progress.say) as writer,
-        contextlib.closing(
-            machine.make_environment(this.game, config, num_envs=num_envs, evaluation=True)
-        ) as environment,
-    ):
-        try:
-            returns = evaluation.evaluate(
-                training.state, environment, episodes, key, on_episode=lambda _: progress.advance(), stop=stop
-            )
-        except EmulatorError as error:
-            raise Failed(f"the emulator failed in the evaluation: {error}. The same command repeats it") from error
-        if returns is None:
-            return None
-        result = scores.summary(this.game, returns)
-        values = {"eval/episodic_return": result["mean"], "eval/human_normalised_score": result["human_normalised"]}
-        known = {tag: value for tag, value in values.items() if value is not None}
-        writer.scalars(config.steps, training.wall_clock_s, known)
-    return returns
-
-
-def report(this: Run[Played], training: Training, returns: list[float], seconds: float) -> None:
-    """Writes scores.json and prints the table."""
-    result = scores.summary(this.game, returns) | {
-        "game": this.game,
-        "preset": this.preset,
-        "seed": this.config.seed,
-        "steps": this.config.steps,
-        "training_returns": training.returns,
-        "wall_clock_s": seconds,
-        "training_s": training.wall_clock_s,
-        "ms_per_step": training.ms_per_step,
-        **run_directory.environment(),
-    }
-    print(scores.format_table(this.game, returns))
-    try:
-        scores.write(this.directory / "scores.json", result)
-    except OSError as error:
-        raise Failed(f"{this.directory / 'scores.json'}: {error.strerror}; the same command repeats it") from error

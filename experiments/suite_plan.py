@@ -63,16 +63,7 @@ def plan(suite: Options, passed: Sequence[str]) -> tuple[AllOptions, list[Task]]
     size = suite.seeds if suite.seeds_per_task is None else suite.seeds_per_task
     seeds = range(suite.seed, suite.seed + suite.seeds)
     options, *_ = suite_worker.plan(games[0], seeds, passed)
-    if any(dataclasses.asdict(options.sweep).values()):
-        raise ConfigError("--sweep: the suite runs one setting; give each value a suite and a --logdir of its own")
-    if options.distributed != ALONE:
-        raise ConfigError(
-            "--distributed: the suite is one process that has many; to use several machines, --ray-address"
-        )
-    if not options.resume:
-        raise ConfigError("--no-resume: the suite goes on with what is there; name another --logdir for a new one")
-    if resume.is_run(options.logdir):
-        raise ConfigError(f"--logdir {options.logdir} is the directory of one run; name one for all of them")
+    _check_passed(options)
     run_directory.check(options.logdir)
     logdir = options.logdir.absolute()
     # Workers run in other directories; the last --logdir counts.
@@ -113,6 +104,20 @@ def _check(suite: Options, passed: Sequence[str]) -> None:
     gpus = suite.gpus_per_task
     if gpus is not None and gpus > 1 and gpus % 1:
         raise ConfigError(f"--gpus-per-task {gpus}: must be a share of one GPU, or a whole number")
+
+
+def _check_passed(options: AllOptions) -> None:
+    """Raises a ConfigError if a flag of `experiments.atari100k` does not go with a suite."""
+    if any(dataclasses.asdict(options.sweep).values()):
+        raise ConfigError("--sweep: the suite runs one setting; give each value a suite and a --logdir of its own")
+    if options.distributed != ALONE:
+        raise ConfigError(
+            "--distributed: the suite is one process that has many; to use several machines, --ray-address"
+        )
+    if not options.resume:
+        raise ConfigError("--no-resume: the suite goes on with what is there; name another --logdir for a new one")
+    if resume.is_run(options.logdir):
+        raise ConfigError(f"--logdir {options.logdir} is the directory of one run; name one for all of them")
 
 
 def _check_runs(task: Task) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from drama_jax.action_space import ActionSpace, Continuous
+from drama_jax import exploration
+from drama_jax.action_space import ActionSpace
 from drama_jax.config import AgentConfig
 from drama_jax.training import watch
 from drama_jax.training.checkpoint_writer import Checkpoints
@@ -47,6 +48,8 @@ class Agents:
     ) -> None:
         self._config, self._num_actions, self._now = config, num_actions, now
         self._together, self._programs, self._checkpoints, self._check = together, programs, checkpoints, check
+        repeats, warmup = config.warmup_repeats, config.warmup_steps
+        self._durations = exploration.duration_table(repeats, warmup) if repeats and warmup else None
         self.state = state
         """`AgentState` of all agents after the last transition."""
 
@@ -60,7 +63,7 @@ class Agents:
           act_keys: [N] keys, or the one of one agent; the step's are derived from them.
 
         Returns:
-          [N] int32, or [N, A] float32: uniformly random during warm-up, then drawn from the policies.
+          [N] int32, or [N, A] float32: random during warm-up, then drawn from the policies.
         """
         if step < self._config.warmup_steps:
             return self._random()
@@ -68,11 +71,7 @@ class Agents:
         return actions
 
     def _random(self) -> np.ndarray:
-        draws = [seat.warmup_rng for seat in self._now.seats]
-        if isinstance(self._num_actions, Continuous):
-            size = 1, self._num_actions.size
-            return np.concatenate([rng.uniform(-1, 1, size) for rng in draws]).astype(np.float32)
-        return np.concatenate([rng.integers(self._num_actions, size=1, dtype=np.int32) for rng in draws])
+        return np.concatenate([seat.random_action(self._num_actions, self._durations) for seat in self._now.seats])
 
     def feed(self) -> None:
         """Gives the agents the pending transitions: only stored during warm-up, with an update afterwards.

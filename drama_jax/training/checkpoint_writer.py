@@ -49,6 +49,13 @@ class Checkpoints:
         self.saved: int | None = None
         """Step of the newest checkpoint that this process has written."""
 
+    @property
+    def problem(self) -> str | None:
+        """That the last save failed, and why, for the user; None if it did not."""
+        if self.error is None:
+            return None
+        return f"the last checkpoint of {self._run} could not be saved ({self.error})"
+
     def add(self, row: Row) -> None:
         """Remembers a step that the agent was given, for the next save."""
         self._log.add(row)

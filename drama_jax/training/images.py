@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from drama_jax import agent, replay
-from drama_jax.training.logging import Writer, comparison_strip
+from drama_jax.training.logging import Writer
 
 _SEQUENCES_SHOWN = 3
 
@@ -26,6 +26,27 @@ def write(writer: Writer, step: int, truth: np.ndarray, reconstruction: np.ndarr
     seen = truth[:, : reconstruction.shape[1]]
     writer.image(step, "world_model/reconstruction", comparison_strip(seen, reconstruction))
     writer.image(step, "world_model/imagined_rollout", comparison_strip(truth, video))
+
+
+def comparison_strip(truth: np.ndarray, prediction: np.ndarray, gap: int = 2) -> np.ndarray:
+    """Frames over their predictions over the absolute error, time from left to right.
+
+    Args:
+      truth: uint8 [B, T, H, W, C], C = 1 or 3.
+      prediction: float [B, T, H, W, C] in [0, 1].
+      gap: Pixels between frames; twice as many between sequences.
+
+    Returns:
+      uint8 [B * (3 (H + gap) + gap), T * (W + gap), 3].
+    """
+    predicted = np.clip(np.rint(prediction * 255.0), 0, 255).astype(np.uint8)
+    error = np.abs(truth.astype(np.int16) - predicted).astype(np.uint8)
+    rows = np.stack([truth, predicted, error], axis=1)
+    rows = np.broadcast_to(rows, (*rows.shape[:-1], 3))
+    rows = np.pad(rows, [(0, 0)] * 3 + [(0, gap)] * 2 + [(0, 0)])
+    b, three, t, h, w, c = rows.shape
+    sequences = rows.transpose(0, 1, 3, 2, 4, 5).reshape(b, three * h, t * w, c)
+    return np.pad(sequences, [(0, 0), (0, gap), (0, 0), (0, 0)]).reshape(-1, t * w, c)
 
 
 @jax.jit

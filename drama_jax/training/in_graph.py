@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from drama_jax import action_space, agent, checks
+from drama_jax import action_space, agent, checks, exploration
 from drama_jax.agent import Acting, AgentState, Metrics
 from drama_jax.config import AgentConfig, ConfigError
 from drama_jax.envs.jax_env import JaxEnv, JaxEnvState
@@ -45,7 +45,7 @@ class History:
 def run(config: AgentConfig, env: JaxEnv, key: jax.Array, *, steps: int) -> tuple[AgentState, History, Metrics]:
     """Trains an agent from scratch.
 
-    The first `config.warmup_steps` steps are uniformly random and train nothing; each later one is followed by an
+    The first `config.warmup_steps` steps are random and train nothing; each later one is followed by an
     update.
 
     Args:
@@ -102,9 +102,31 @@ def begin(config: AgentConfig, env: JaxEnv, key: jax.Array) -> Loop:
 
 
 def play_randomly(env: JaxEnv, steps: int, loop: Loop) -> tuple[Loop, History]:
-    """`steps` uniformly random steps, which are stored and train nothing."""
+    """`steps` random steps, which are stored and train nothing; see `AgentConfig.warmup_repeats`."""
     _check("in_graph.play_randomly", env, steps, loop)
+    if loop.agent.config.warmup_repeats and steps:
+        return _play_on_and_on(env, steps, loop)
     return jax.lax.scan(functools.partial(_random_step, env), loop, length=steps)
+
+
+def _play_on_and_on(env: JaxEnv, steps: int, loop: Loop) -> tuple[Loop, History]:
+    """Random steps whose actions last for random numbers of steps."""
+    table = exploration.duration_table(loop.agent.config.warmup_repeats, steps)
+    durations = jnp.asarray(table[:-1], jnp.float32)
+
+    def step(carry: tuple[Loop, jax.Array, jax.Array], _: None) -> tuple[tuple[Loop, jax.Array, jax.Array], History]:
+        loop, action, left = carry
+        key, action_key, duration_key, env_key = jax.random.split(loop.key, 4)
+        drawn = 1 + jnp.searchsorted(durations, jax.random.uniform(duration_key), side="right").astype(jnp.int32)
+        action = jnp.where(left == 0, action_space.uniform(action_key, env.num_actions), action)
+        left = jnp.where(left == 0, drawn, left) - 1
+        loop, transition, history = _play(env, dataclasses.replace(loop, key=key), action, env_key)
+        loop = dataclasses.replace(loop, agent=agent.observe(loop.agent, transition))
+        return (loop, action, left), history
+
+    start = loop, action_space.zeros(env.num_actions, ()), jnp.zeros((), jnp.int32)
+    (loop, _, _), history = jax.lax.scan(step, start, length=steps)
+    return loop, history
 
 
 def train(env: JaxEnv, steps: int, loop: Loop) -> tuple[Loop, History, Metrics]:

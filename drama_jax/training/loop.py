@@ -79,7 +79,7 @@ def train_together(
 ) -> list[Training]:
     """Trains until `config.steps` agent steps are done.
 
-    Uniformly random actions for the first `warmup_steps`, then the policy's, with one update per step.
+    Random actions for the first `warmup_steps`, then the policy's, with one update per step.
 
     Args:
       config: The run's configuration, the same for all members (but for the seed, which is not looked at).

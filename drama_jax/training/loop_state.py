@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from drama_jax.action_space import ActionSpace, Continuous
 from drama_jax.envs.base import Env, Observation, StateMismatch, attempt
 from drama_jax.training import arrays, replay_log
 from drama_jax.training.checkpoint import Snapshot
@@ -48,6 +49,10 @@ class Seat:
     image_key: jax.Array
     """Likewise, of the images."""
     warmup_rng: np.random.Generator
+    warmup_action: np.ndarray | None = None
+    """[1] int32 or [1, A] float32: the random action that goes on."""
+    warmup_left: int = 0
+    """For how many steps more."""
     episode_return: float = 0.0
     episode_length: int = 0
     returns: list[tuple[int, float]] = dataclasses.field(default_factory=list)
@@ -59,6 +64,24 @@ class Seat:
         act_key, image_key, warmup_key = jax.random.split(key, 3)
         return cls(act_key, image_key, np.random.default_rng(np.asarray(jax.random.bits(warmup_key, (4,)))))
 
+    def random_action(self, num_actions: ActionSpace, durations: np.ndarray | None) -> np.ndarray:
+        """A uniformly random action, [1] int32 or [1, A] float32, or the one before as long as it lasts.
+
+        Args:
+          num_actions: A of the game, or `Continuous(A)`.
+          durations: `exploration.duration_table`; None if no action is repeated.
+        """
+        if self.warmup_action is None or self.warmup_left == 0:
+            if isinstance(num_actions, Continuous):
+                self.warmup_action = self.warmup_rng.uniform(-1, 1, (1, num_actions.size)).astype(np.float32)
+            else:
+                self.warmup_action = self.warmup_rng.integers(num_actions, size=1, dtype=np.int32)
+            self.warmup_left = 1
+            if durations is not None:
+                self.warmup_left += int(np.searchsorted(durations[:-1], self.warmup_rng.random(), side="right"))
+        self.warmup_left -= 1
+        return self.warmup_action
+
     def header(self) -> dict[str, Any]:
         """What a snapshot keeps of it as JSON."""
         return {
@@ -66,6 +89,8 @@ class Seat:
             "episode_length": self.episode_length,
             "returns": list(self.returns),  # a copy: it is written while the loop goes on
             "warmup_rng": self.warmup_rng.bit_generator.state,
+            "warmup_action": None if self.warmup_action is None else self.warmup_action.tolist(),
+            "warmup_left": self.warmup_left,
         }
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -74,6 +99,10 @@ class Seat:
         self.act_key, self.image_key = keys["act"], keys["image"]
         header = snapshot.header
         self.warmup_rng.bit_generator.state = header["warmup_rng"]
+        self.warmup_left = header.get("warmup_left", 0)  # checkpoints of older versions have neither
+        if (action := header.get("warmup_action")) is not None:
+            dtype = np.int32 if isinstance(action[0], int) else np.float32
+            self.warmup_action = np.asarray(action, dtype)
         self.episode_return, self.episode_length = header["episode_return"], header["episode_length"]
         self.returns = [(step, value) for step, value in header["returns"]]
 

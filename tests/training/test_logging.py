@@ -12,7 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from drama_jax.config import LoggingConfig
-from drama_jax.training.logging import MeanMetrics, Progress, Writer, comparison_strip
+from drama_jax.training.images import comparison_strip
+from drama_jax.training.logging import MeanMetrics, Progress, Writer
 from drama_jax.training.tensorboard import Board
 
 
