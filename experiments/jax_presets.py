@@ -110,8 +110,8 @@ def _minatar() -> InGraphConfig:
         tiny.agent.world_model,
         autoencoder=dataclasses.replace(
             tiny.agent.world_model.autoencoder,
-            # A bullet of Space Invaders is one cell of 600. `tiny` reconstructs none after 4,000 updates, and the policy
-            # cannot evade what the model does not see.
+            # A bullet of Space Invaders is one cell of 600: `tiny` reconstructs none after 4,000 updates, and what the
+            # model does not see the policy cannot evade.
             reconstruction="cross_entropy",
             # 96 bits; the 24 of `tiny` are spent on the aliens.
             categoricals=32,
