@@ -167,6 +167,24 @@ def test_the_environment_resets_itself():
     assert board[0].sum() == 255 and board[9].tolist() == [0, 0, 255, 0, 0]
 
 
+def test_reward_and_end_are_stored_with_the_action_that_brought_them():
+    """The last board of an episode is the one that is terminal, not the fresh one after it."""
+    env = environments.make("Catch-bsuite", image_size=10)
+    config = jax_presets.PRESETS["tiny"]().agent
+    play = quick_jit(lambda key: in_graph.play_randomly(env, 20, in_graph.begin(config, env, key)))
+    loop, history = play(jax.random.key(0))
+    names = ("frames", "actions", "rewards", "terminals", "firsts")
+    stored = Transition(*(np.asarray(getattr(loop.agent.replay, name)[:20]) for name in names))
+    assert np.flatnonzero(stored.terminal).tolist() == np.flatnonzero(stored.reward).tolist() == [8, 17]
+    assert np.flatnonzero(stored.first).tolist() == [0, 9, 18]
+    rows = stored.frame[:, :9, ::2, 0].any(axis=2).argmax(axis=1)
+    np.testing.assert_array_equal(rows, np.arange(20) % 9)  # the ball falls a row a step, and is above again
+    ball = stored.frame[[8, 17], 8, ::2, 0].argmax(axis=1)  # its next row is the paddle's
+    paddle = stored.frame[[8, 17], 9, ::2, 0].argmax(axis=1) + stored.action[[8, 17]] - 1
+    np.testing.assert_array_equal(stored.reward[[8, 17]], np.where(np.clip(paddle, 0, 4) == ball, 1, -1))
+    np.testing.assert_array_equal(history.rewards, stored.reward)
+
+
 def test_seeds_differ(logdir):
     one, two = (metrics_but_for_the_clock(run_of(logdir, seed))[-1] for seed in SEEDS)
     assert one["world_model/total_loss"] != two["world_model/total_loss"]
