@@ -21,7 +21,7 @@ from experiments import aggregate, suite_plan, suite_ray
 from experiments.atari_options import AllOptions
 from experiments.command_line import parse_plain
 from experiments.suite_plan import Options
-from experiments.suite_progress import Task
+from experiments.suite_task import Task
 from experiments.suite_worker import PROGRAM
 
 

@@ -12,7 +12,7 @@ from drama_jax.training import resume, run_directory
 from experiments import suite_worker
 from experiments.atari_options import AllOptions
 from experiments.processes import ALONE
-from experiments.suite_progress import Task
+from experiments.suite_task import Task
 
 
 @dataclasses.dataclass(frozen=True)

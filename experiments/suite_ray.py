@@ -13,7 +13,8 @@ import drama_jax
 from drama_jax.config import ConfigError
 from drama_jax.training.signals import stop_requested
 from experiments.suite_plan import Options
-from experiments.suite_progress import Progress, Task
+from experiments.suite_progress import Progress
+from experiments.suite_task import Task
 
 _OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory on this machine; nothing large goes through it."""

@@ -23,7 +23,8 @@ from drama_jax.config import ConfigError
 from drama_jax.training import run_directory
 from experiments import suite, suite_plan, suite_ray, suite_worker
 from experiments.suite_plan import Options
-from experiments.suite_progress import Progress, Task
+from experiments.suite_progress import Progress
+from experiments.suite_task import Task
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT_S = 300.0
