@@ -67,7 +67,7 @@ def test_every_path_in_the_layout_exists():
     inside, outside = layout.split("drama_jax/\n")[1].split("\nexperiments/")
     paths = [ROOT / "drama_jax" / name for name in re.findall(r"(?:^|\s)(\w+(?:\.py|/))(?=\s)", inside)]
     paths += [ROOT / name for name in re.findall(r"(?:^|\s)(\w+/)(?=\s)", "experiments/" + outside)]
-    assert len(paths) == 27
+    assert len(paths) == 29
     assert [str(path) for path in paths if not path.exists()] == []
 
 

@@ -25,12 +25,15 @@ class AgentConfig:
     acting_context: int = 16
     """Past steps of the episode that the policy's state is computed from."""
     warmup_steps: int = 1032
-    """Uniformly random steps before the first update."""
+    """Random steps before the first update."""
+    warmup_repeats: float = 0.0
+    """0: each of them is uniformly random. Otherwise a random action is kept up for a random number of steps, of
+    probability n^-warmup_repeats (`drama_jax.exploration`), for games that single random steps do not get through."""
 
     def __post_init__(self) -> None:
         check_types(self)
         positive(self, "acting_context")
-        not_negative(self, "warmup_steps")
+        not_negative(self, "warmup_steps", "warmup_repeats")
         # The first update runs once warmup_steps + 1 transitions are stored.
         stored = self.warmup_steps + 1
         wm, im = self.world_model, self.imagination

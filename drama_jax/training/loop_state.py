@@ -93,16 +93,20 @@ class Seat:
             "warmup_left": self.warmup_left,
         }
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Returns to a snapshot."""
-        keys = arrays.from_host({"act": self.act_key, "image": self.image_key}, snapshot.device, "keys/")
-        self.act_key, self.image_key = keys["act"], keys["image"]
-        header = snapshot.header
+    def restore_warmup(self, header: dict[str, Any]) -> None:
+        """The random play of a `header`."""
         self.warmup_rng.bit_generator.state = header["warmup_rng"]
         self.warmup_left = header.get("warmup_left", 0)  # checkpoints of older versions have neither
         if (action := header.get("warmup_action")) is not None:
             dtype = np.int32 if isinstance(action[0], int) else np.float32
             self.warmup_action = np.asarray(action, dtype)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Returns to a snapshot."""
+        keys = arrays.from_host({"act": self.act_key, "image": self.image_key}, snapshot.device, "keys/")
+        self.act_key, self.image_key = keys["act"], keys["image"]
+        header = snapshot.header
+        self.restore_warmup(header)
         self.episode_return, self.episode_length = header["episode_return"], header["episode_length"]
         self.returns = [(step, value) for step, value in header["returns"]]
 
