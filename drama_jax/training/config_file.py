@@ -28,6 +28,7 @@ LATER = {
     "agent/behaviour/clip_ratio": 0.2,
     "agent/fidelity/gradient_through_clip": True,
     "agent/world_model/free_bits_each": False,
+    "agent/warmup_repeats": 0.0,
 }
 """Fields that run directories of older versions lack, and what those versions did."""
 
