@@ -13,6 +13,7 @@ from drama_jax.config import AgentConfig, ConfigError, RunConfig, TaskRunConfig
 
 NAME = "config.json"
 LATER = {
+    "agent/world_model/autoencoder/reconstruction": "squared_error",
     "agent/world_model/autoencoder/vector_size": 0,
     "agent/world_model/autoencoder/vector_layers": 3,
     "agent/world_model/autoencoder/vector_units": 256,

@@ -6,12 +6,15 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import re
 
 import pytest
 
 from drama_jax.config import ConfigError, RunConfig, preset
 from drama_jax.training import config_file, resume, run_directory
+
+RESULTS = pathlib.Path(__file__).parents[2] / "experiments" / "results"
 
 
 def test_it_holds_the_resolved_configuration_and_the_versions(tmp_path):
@@ -47,6 +50,16 @@ def test_what_an_older_version_wrote_is_read_as_what_it_did(tmp_path):
         resume.check(directory, "Pong", "tiny", other)
     with pytest.raises(ConfigError, match="free-bits-each: the run in .* has False, given True; only steps"):
         resume.check(directory, "Pong", "tiny", preset("tiny"))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_runs_of_every_version_that_has_published_results_can_be_continued(tmp_path, path):
+    """A new field of the configuration needs an entry in `config_file.LATER`."""
+    result = json.loads(path.read_text())
+    run = {"id": "a run"} | {name: result[name] for name in ("game", "preset", "config")}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    game, config = config_file.load_config(tmp_path)
+    assert resume.check(tmp_path, game, result["preset"], config) == ("a run", {})
 
 
 def _with_free_bits_of_the_mean(config):
