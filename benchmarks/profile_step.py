@@ -21,14 +21,15 @@ from drama_jax.config import PRESETS, preset
 from experiments import machine
 
 PARTS = {
-    # First match wins; the patterns are parts of jax's operation names, that is, of modules and named scopes.
+    # First match wins; the patterns are parts of jax's operation names, that is, of modules and named scopes, or,
+    # behind them, of kernels' names: those of our own kernels and of cuBLAS come without an operation.
     "imagination: encoder": r"imagination/Encoder|imagination/Dense|conv3x3_silu",
-    "world model: our convolution kernels": r"conv3x3_",
+    "world model: our convolution kernels": r"conv3x3_|first_layer_gradient",
     "sampler": r"sampler",
     "gathering windows": r"gather/",
-    "imagination: actor": r"imagination/.*MLP",
-    "imagination: backbone": r"imagination/.*Mamba2Backbone",
-    "imagination: samples and heads": r"imagination/",
+    "imagination: actor": r"imagination/.*MLP| actor(__\d+)?$",
+    "imagination: backbone": r"imagination/.*Mamba2Backbone| (project|stem|mixer_\w+)$",
+    "imagination: samples and heads": r"imagination/| sample_latent\w*$",
     "behaviour: optimiser and slow critic": r"behaviour/optimizer",
     "behaviour: losses and networks": r"behaviour/",
     "world model: optimiser": r"optimizer",
@@ -39,6 +40,8 @@ PARTS = {
     "world model: backbone backward": r"transpose\(jvp\(Mamba2Backbone",
     "world model: backbone forward": r"jvp\(Mamba2Backbone\)",
     "world model: losses and heads": r"jvp\(",
+    "world model: scan": r" ssd_\w+$",
+    "matrix products anywhere": r" nvjet| .*cublas",
 }
 
 

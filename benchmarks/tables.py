@@ -39,12 +39,13 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def stages(rows: Rows) -> str:
     """Stages of one step."""
-    head = ["stage", "waiting for each, ms", "queued, ms", "floor, ms", "ratio", "bar, ms"]
+    head = ["stage", "actions", "waiting for each, ms", "queued, ms", "floor, ms", "ratio", "bar, ms"]
     return table(
         head,
         [
             [
                 row["name"],
+                str(row.get("actions", 18)),
                 number(row["median_ms"]),
                 number(row["queued_ms"]),
                 number(row.get("floor_ms")),
@@ -224,11 +225,13 @@ def on_device(*files: Rows) -> str:
 
 TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "update_step": (stages, [f"update_step-{CARD}"]),
-    "profile_step": (profile, [f"profile_step-{CARD}"]),
+    "update_step_other": (stages, [f"update_step-{OTHER_CARD}"]),
+    "profile_step": (profile, [f"profile_step-{OTHER_CARD}"]),
     "autoencoder": (implementations, [f"autoencoder-{CARD}"]),
     "imagination": (parts, [f"imagination-{CARD}"]),
     "ssd": (scans, [f"ssd-{CARD}"]),
-    "ssd_lengths": (lengths, [f"ssd-{CARD}"]),
+    "ssd_other": (scans, [f"ssd-{OTHER_CARD}"]),
+    "ssd_lengths": (lengths, [f"ssd-{OTHER_CARD}"]),
     "train_loop": (loops, [f"train_loop_cold-xs-{CARD}", f"train_loop_warm-xs-{CARD}"]),
     "precision": (bands, [f"precision-{CARD}"]),
     "checkpoint": (checkpoints, ["checkpoint-cpu"]),

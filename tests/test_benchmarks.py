@@ -16,7 +16,7 @@ def test_the_tables_of_the_readme_are_those_of_the_result_files():
 
 def test_a_changed_result_changes_the_table():
     row = {"name": "act", "median_ms": 1.0, "queued_ms": 2.0, "floor_ms": 0.5, "ratio": 2.0}
-    assert "| act | 1.00 | 2.00 | 0.50 | 2.0 | 0.8 |" in tables.stages([row])
+    assert "| act | 18 | 1.00 | 2.00 | 0.50 | 2.0 | 0.8 |" in tables.stages([row])
 
 
 def seeds_row(preset: str, seeds: int, ms: float, ratio: float, gigabytes: float, devices: int = 1) -> dict:
