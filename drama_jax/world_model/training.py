@@ -5,6 +5,8 @@ Paper section 2, equations 3 to 5. Letters as in `drama_jax.world_model`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.struct
 import jax
 import optax
@@ -168,7 +170,7 @@ def loss(
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params, Forward]]:
     """`losses` of `forward`: the total, and (terms, moved batch statistics, forward pass)."""
     # Gathered once: left to itself XLA does it again wherever a frame is read.
-    batch = batch.replace(frames=jax.lax.optimization_barrier(batch.frames))
+    batch = dataclasses.replace(batch, frames=jax.lax.optimization_barrier(batch.frames))
     out, batch_stats = forward(
         config, params, batch_stats, batch, gumbel, segment_ids, num_actions=num_actions, dropout_key=dropout_key
     )
