@@ -5,16 +5,19 @@ Run through `python -m benchmarks.ssd --check` and `--accuracy`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import common
+from drama_jax.ssd import fused
+from drama_jax.ssd.tiles import Apart, padded
 
 # Smallest and largest -dt A of a step.
 DECAYS = {"1e-6": (1e-6, 2e-6), "0.001 to 1.6": (1e-3, 1.6), "1e-6 to 20": (1e-6, 20.0)}
@@ -28,20 +31,39 @@ def _contract() -> Any:
     return importlib.import_module("tests.ssd.contract")
 
 
-def check(directory: pathlib.Path | None = None) -> int:
-    """Every case, implementation and dtype against float64; writes the log, returns how many failed."""
+def apart(x: jax.Array, B: jax.Array, **operands: Any) -> tuple[jax.Array, jax.Array]:
+    """The kernels with the backward pass of `gpu_backward_apart`, which is no default yet."""
+    tiles = dataclasses.replace(fused.default_tiles(x, B), apart=Apart(depth=min(64, padded(B.shape[-1]))))
+    return fused.ssd_pallas(x=x, B=B, tiles=tiles, **operands)
+
+
+def check(
+    directory: pathlib.Path | None = None,
+    names: Sequence[str] | None = None,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+) -> int:
+    """Every case, implementation and dtype against float64; writes the log, returns how many failed.
+
+    Args:
+      directory: of the log; None for benchmarks/results.
+      names: of the cases; None for all. With names the kernels are also checked with the backward pass `apart`.
+      dtypes: of the operands.
+    """
     contract = _contract()
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     cases = contract.CASES + (contract.REALISTIC if contract.ON_GPU else ())
     head = f"ssd contract, {common.device_name()}, jax {jax.__version__}, commit {common.commit()}"
     lines, failed = [head + ("" if contract.ON_GPU else ", kernels interpreted")], 0
+    functions = {name: contract.implementation(name) for name in ("chunked", "pallas")}
+    if names is not None:
+        cases = [case for case in cases if case.name in names]
+        functions["apart"] = functools.partial(apart, interpret=not contract.ON_GPU)
     for case in cases:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in dtypes:
             inputs, ids, weights = contract.numbers(case, jnp.dtype(dtype))
             expected = contract.oracle(inputs, ids, weights)
-            for implementation in ("chunked", "pallas"):
-                function = contract.implementation(implementation)
+            for implementation, function in functions.items():
                 errors = contract.errors(contract.results(function, inputs, ids, weights), expected)
                 # A NaN is not below the tolerance either.
                 passed = all(error <= contract.TOLERANCE[dtype] for error in errors.values())
@@ -50,7 +72,8 @@ def check(directory: pathlib.Path | None = None) -> int:
                 lines.append(f"{'PASS' if passed else 'FAIL'} {implementation} {case.name} {dtype}: {parts}")
                 print(lines[-1], flush=True)
     lines.append(f"{failed} failed; largest error over the largest value of each array, at most {contract.TOLERANCE}")
-    out = (directory or common.RESULTS) / f"ssd_check-{common.device_name().lower().replace(' ', '-')}.log"
+    part = "" if names is None else "_" + "_".join(names)
+    out = (directory or common.RESULTS) / f"ssd_check{part}-{common.device_name().lower().replace(' ', '-')}.log"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines) + "\n")
     print(lines[-1], out, sep="\n")
