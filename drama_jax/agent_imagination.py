@@ -17,6 +17,7 @@ from drama_jax import checks, distributions, imagination, world_model
 from drama_jax.agent_state import AgentState, episode_segments, policy_input
 from drama_jax.behaviour import actor_critic, normalisers
 from drama_jax.latents import sample_posterior, sample_prior
+from drama_jax.nn import gpu_side_by_side
 from drama_jax.replay import Batch
 
 
@@ -84,14 +85,14 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     start = ((recurrent, state.behaviour.normaliser), (latent, hidden))
     if unroll >= horizon:
         outputs, steps, (_, normaliser) = imagination.rollout_steps(model, policy, start, horizon, rollout_key)
-        features, actions = _side_by_side(outputs), jnp.stack(steps, axis=1)
-        hiddens = jnp.stack([hidden for _, hidden in outputs], axis=1)
+        features, caused = _side_by_side(outputs, int(fidelity.reward_follows_action))
+        actions = jnp.stack(steps, axis=1)
     else:
         trajectory, (_, normaliser) = imagination.rollout(model, policy, start, horizon, rollout_key, unroll=unroll)
         features = policy_input(state, *trajectory.outputs).swapaxes(0, 1)
         actions, hiddens = trajectory.actions.swapaxes(0, 1), trajectory.outputs[1].swapaxes(0, 1)
-    # hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
-    caused = hiddens[:, 1:] if fidelity.reward_follows_action else hiddens[:, :-1]
+        caused = hiddens[:, 1:] if fidelity.reward_follows_action else hiddens[:, :-1]
+    # Hidden i has seen action i - 1, so entry i + 1 holds what action i caused (Q2).
     ends = world_model.termination_logits(wm, params, caused)
     imagined = Imagined(
         features=features,
@@ -102,9 +103,13 @@ def imagine(state: AgentState, context: Batch, key: jax.Array) -> tuple[Imagined
     return jax.lax.stop_gradient(imagined), normaliser
 
 
-def _side_by_side(outputs: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """z [B, S] and d [B, D] of all steps as the behaviour's features [B, L + 1, S + D], in z's dtype."""
+def _side_by_side(outputs: Sequence[tuple[jax.Array, jax.Array]], first: int) -> tuple[jax.Array, jax.Array]:
+    """The behaviour's features [B, L + 1, S + D] of z [B, S] and d [B, D], in z's dtype; L of the d from `first` on."""
     dtype = outputs[0][0].dtype
-    flat = jnp.concatenate([x.astype(dtype) for output in outputs for x in output], axis=-1)
+    cast = [(z, d.astype(dtype)) for z, d in outputs]
+    if gpu_side_by_side.serves(cast):
+        return gpu_side_by_side.side_by_side(cast, first)  # in bfloat16, as the heads take d
+    flat = jnp.concatenate([x for output in cast for x in output], axis=-1)
     # All in one copy: left to itself XLA makes three of them, through layouts in between.
-    return jax.lax.optimization_barrier(flat).reshape(flat.shape[0], len(outputs), -1)
+    features = jax.lax.optimization_barrier(flat).reshape(flat.shape[0], len(outputs), -1)
+    return features, jnp.stack([d for _, d in outputs[first : first + len(outputs) - 1]], axis=1)

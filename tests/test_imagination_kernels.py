@@ -11,7 +11,7 @@ from drama_jax import agent, latents, world_model
 from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, make
 from drama_jax.behaviour import gpu_actor
 from drama_jax.config import preset
-from drama_jax.nn import gpu_sample
+from drama_jax.nn import gpu_sample, gpu_side_by_side
 from drama_jax.replay import Batch
 from tests.tools import quick_jit
 
@@ -30,8 +30,9 @@ def kernels(monkeypatch):
 
         monkeypatch.setattr(module, name, run)
 
-    for module in (gpu_rollout, gpu_sample, gpu_actor):
+    for module in (gpu_rollout, gpu_sample, gpu_actor, gpu_side_by_side):
         monkeypatch.setattr(module, "serves", lambda *arguments: True)
+    interpreted(gpu_side_by_side, "side_by_side")
     interpreted(gpu_sample, "sample_latent")
     interpreted(gpu_actor, "choose_actions")
     for name in ("mixer_context", "mixer_step"):
@@ -80,6 +81,7 @@ def test_imagination_is_the_same(inputs, request):
         "embed": 1,
         "mixer_step": layers,
         "project": layers,
+        "side_by_side": 1,
     }
     np.testing.assert_array_equal(actual.actions, expected.actions)
     np.testing.assert_array_equal(actual.terminations, expected.terminations)
@@ -126,3 +128,18 @@ def test_samples_are_those_of_the_heads_distributions(inputs):
 
     for drawn, expected in both(state, batch.frames):
         np.testing.assert_array_equal(drawn, expected)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_side_by_side_are_the_stacked_ones(first):
+    rng = np.random.default_rng(first)
+    seeds, batch, steps = 2, 3, 4
+    z, d = (jnp.asarray(rng.normal(size=(steps, seeds, batch, size)), jnp.bfloat16) for size in (16, 32))
+
+    def joined(z, d):
+        return gpu_side_by_side.side_by_side(list(zip(z, d)), first, interpret=True)
+
+    features, hiddens = quick_jit(jax.vmap(joined, in_axes=1))(z, d)
+    expected = np.concatenate([z, d], axis=-1)
+    np.testing.assert_array_equal(features, expected.transpose(1, 2, 0, 3))
+    np.testing.assert_array_equal(hiddens, np.asarray(d)[first : first + steps - 1].transpose(1, 2, 0, 3))
