@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that the loop asks between two steps."""
+"""SIGTERM, SIGINT and SIGHUP as a question that the loop asks between two steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -32,7 +32,8 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(one, signal.SIG_DFL)
         # Not print: the signal may have interrupted one.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing the step and saving; a second signal ends at once\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            os.write(2, f"\n{name}: finishing the step and saving; a second signal ends at once\n".encode())
 
     before = {one: signal.signal(one, on_signal) for one in caught}
     try:

@@ -75,7 +75,7 @@ def test_a_run_killed_again_and_again_ends_the_same(whole, tmp_path, monkeypatch
     assert len((run / "metrics-cut.jsonl").read_text().splitlines()) > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_the_step_and_the_command_it_prints_goes_on(envpool_run, tmp_path, monkeypatch, capsys, number):
     logdir = tmp_path / "it's a directory"
     before = signal.getsignal(number)
