@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import contextlib
 import os
 import pathlib
 import re
@@ -75,13 +76,24 @@ def test_a_run_killed_again_and_again_ends_the_same(whole, tmp_path, monkeypatch
     assert len((run / "metrics-cut.jsonl").read_text().splitlines()) > 0
 
 
+@contextlib.contextmanager
+def handled(number):
+    """As where it is not ignored, which SIGHUP is under nohup."""
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_the_step_and_the_command_it_prints_goes_on(envpool_run, tmp_path, monkeypatch, capsys, number):
     logdir = tmp_path / "it's a directory"
-    before = signal.getsignal(number)
-    with haunted(monkeypatch, {25: lambda: os.kill(os.getpid(), number)}):
+    with handled(number), haunted(monkeypatch, {25: lambda: os.kill(os.getpid(), number)}):
+        before = signal.getsignal(number)
         assert main(logdir, "--no-resume") == 0
-    assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is before
     # The 25th call of the emulator is that of step 24: the first episode's end took one.
     assert steps_saved(only_run(logdir)) == [20, 24]
     output = capsys.readouterr()
