@@ -169,6 +169,7 @@ def loss(
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params, Forward]]:
     """`losses` of `forward`: the total, and (terms, moved batch statistics, forward pass)."""
+    checks.instances("world_model.loss", batch=(batch, Batch))
     # Gathered once: left to itself XLA does it again wherever a frame is read.
     batch = dataclasses.replace(batch, frames=jax.lax.optimization_barrier(batch.frames))
     out, batch_stats = forward(

@@ -688,7 +688,7 @@ ARRAYS = [
         lambda s: update_world_model(s, segments=ones(2, 6)),
         "segment_ids must be integer [B, T] or None, here [2, 6], got",
     ),
-    (lambda s: update_world_model(s, b=[]), "world_model.forward: batch must be of type Batch, got a list"),
+    (lambda s: update_world_model(s, b=[]), "world_model.loss: batch must be of type Batch, got a list"),
     (
         lambda s: update_world_model(s, learning_rate=-1.0),
         "warmup: learning_rate must be a number in [0, inf], got -1.0",
