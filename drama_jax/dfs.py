@@ -137,8 +137,8 @@ def largest(values: jax.Array, num: int) -> jax.Array:
     if width < 4 or max(rows, num * width) > _COMPARED:
         return jax.lax.top_k(values, num)[1]
     table = jnp.pad(values, (0, rows * width - values.shape[0]), constant_values=-jnp.inf).reshape(rows, width)
-    best = _in_order(table.max(axis=1), jnp.arange(rows), num)
-    index = best[:, None] * width + jnp.arange(width)
+    best = _in_order(table.max(axis=1), jnp.arange(rows, dtype=jnp.int32), num)
+    index = best[:, None] * width + jnp.arange(width, dtype=jnp.int32)
     return _in_order(table[best].reshape(-1), index.reshape(-1), num)
 
 
@@ -146,7 +146,7 @@ def _in_order(values: jax.Array, index: jax.Array, num: int) -> jax.Array:
     """The `index` [n] int32 of the `num` largest of `values` [n], of equals the smaller first, by n^2 comparisons."""
     ahead = (values > values[:, None]) | ((values == values[:, None]) & (index < index[:, None]))
     rank = jnp.sum(ahead, axis=1, dtype=jnp.int32)
-    return jnp.sum(jnp.where(rank == jnp.arange(num)[:, None], index, 0), axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(rank == jnp.arange(num, dtype=jnp.int32)[:, None], index, 0), axis=1, dtype=jnp.int32)
 
 
 def increment(counter: jax.Array, indices: jax.Array) -> jax.Array:

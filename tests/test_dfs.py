@@ -115,6 +115,13 @@ def test_largest_sorts_nothing_for_few_of_a_full_replay(num, sorts):
     assert sum(equation.primitive.name in ("top_k", "sort") for equation in equations) == sorts
 
 
+def test_largest_is_int32_in_float64_too(x64):
+    values = jax.random.gumbel(jax.random.key(1), (5_000,))
+    found = quick_jit(dfs.largest, static_argnums=1)(values, 16)
+    assert values.dtype == jnp.float64 and found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:16])
+
+
 def test_one_trace_serves_every_size():
     traces = []
 
