@@ -8,12 +8,13 @@
 | --- | --- |
 | sampler | DFS, DFS with four times the temperatures, uniform sampling |
 | backbone | mamba2, mamba, gru, transformer, rwkv; with --game of equal size, else of equal width |
-| sequence-length | training sequences of 8, 32 and 128 steps, as many steps a batch as the preset has |
+| sequence-length | training sequences of 8, 32 and 128 steps; as many steps a batch as the preset has, at least 128 |
 | autoencoder | half the channels, the preset's, twice as many; with the error on small objects |
 
 Without --game every variant is a run of `experiments.jax_env` on each of --envs; with it, of `experiments.atari100k`.
-All runs lie under OUT/runs/VARIANT and continue if the command is repeated; OUT/WHAT.json, .md and .png are written
-when all are finished. An interval is a percentile bootstrap over the seeds (95 %).
+All runs lie under OUT/runs/VARIANT and continue if the command is repeated; what is the preset as it is lies under
+OUT/runs/preset, one run for all ablations. OUT/WHAT.json, .md and .png are written when all are finished. An interval
+is a percentile bootstrap over the seeds (95 %).
 """
 
 from __future__ import annotations
@@ -127,7 +128,12 @@ def plans_of(options: Options, name: str) -> list[Plan]:
             objects=options.what == "autoencoder" and options.game is None,
             arguments=(
                 *("--game" if options.game else "--env", name, "--preset", preset, "--seeds", str(options.seeds)),
-                *("--logdir", str(options.out / "runs" / variant.replace(" ", "-")), *steps, *flags),
+                *(
+                    "--logdir",
+                    str(options.out / "runs" / (variant.replace(" ", "-") if flags else "preset")),
+                    *steps,
+                    *flags,
+                ),
                 *options.flags.split(),
             ),
         )
@@ -144,18 +150,18 @@ def variants(what: What, agent: AgentConfig, *, atari: bool) -> dict[str, list[s
         return {"DFS": [], "DFS, 4 tau": hot_flags, "uniform": ["--agent.replay.sampler", "uniform"]}
     if what == "backbone":
         flag = "--backbone" if atari else "--agent.world-model.backbone.name"
-        return {name: [flag, name] for name in BACKBONES}
+        return {name: [flag, name] if atari or name != model.backbone.name else [] for name in BACKBONES}
     prefix = "--agent.world-model"
     if what == "sequence-length":
-        total = model.batch_size * model.batch_length
-        sizes = {length: max(1, total // length) for length in LENGTHS}
+        total = max(model.batch_size * model.batch_length, max(LENGTHS))
+        sizes = {length: total // length for length in LENGTHS}
         return {
             f"{length} steps": [f"{prefix}.batch-length", str(length), f"{prefix}.batch-size", str(size)]
             for length, size in sizes.items()
         }
     depths = model.autoencoder.depths
     return {
-        name: [f"{prefix}.autoencoder.depths", *(str(max(1, int(factor * depth))) for depth in depths)]
+        name: [f"{prefix}.autoencoder.depths", *(str(max(1, int(factor * depth))) for depth in depths)] * (factor != 1)
         for name, factor in (("half the channels", 0.5), ("channels of the preset", 1), ("twice the channels", 2))
     }
 

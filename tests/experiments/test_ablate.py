@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -43,21 +44,31 @@ def test_the_sampler_varies_its_kind_and_temperature():
     assert found["uniform"] == ["--agent.replay.sampler", "uniform"]
 
 
-def test_sequences_of_any_length_make_batches_of_as_many_steps():
-    for flags in ablate.variants("sequence-length", AGENT, atari=False).values():
-        assert int(flags[1]) * int(flags[3]) == AGENT.world_model.batch_size * AGENT.world_model.batch_length
+@pytest.mark.parametrize(("size", "steps"), [(16, 16 * 64), (1, 128)])
+def test_sequences_of_any_length_make_batches_of_as_many_steps(size, steps):
+    model = dataclasses.replace(AGENT.world_model, batch_size=size, batch_length=64)
+    agent = dataclasses.replace(AGENT, world_model=model)
+    for flags in ablate.variants("sequence-length", agent, atari=False).values():
+        assert int(flags[1]) * int(flags[3]) == steps
 
 
 def test_channels_are_halved_and_doubled():
     half, same, double = (flags[1:] for flags in ablate.variants("autoencoder", AGENT, atari=False).values())
-    assert same == [str(depth) for depth in AGENT.world_model.autoencoder.depths]
-    assert [2 * int(depth) for depth in half] == [int(depth) for depth in same]
-    assert double == [str(2 * int(depth)) for depth in same]
+    depths = AGENT.world_model.autoencoder.depths
+    assert same == []
+    assert half == [str(depth // 2) for depth in depths] and double == [str(2 * depth) for depth in depths]
 
 
 def test_backbones_are_of_one_size_in_atari():
     flags = ablate.variants("backbone", AGENT, atari=True)
     assert flags["rwkv"] == ["--backbone", "rwkv"] and len(flags) == 5
+
+
+def test_runs_of_the_preset_as_it_is_are_shared():
+    parts: tuple[ablate.What, ...] = ("sampler", "backbone", "autoencoder")
+    plans = [plan for what in parts for plan in ablate.plans_of(ablate.Options(what=what), "Catch-bsuite")]
+    shared = {plan.variant: plan.arguments for plan in plans if "ablations/runs/preset" in plan.arguments}
+    assert list(shared) == ["DFS", "mamba2", "channels of the preset"] and len(set(shared.values())) == 1
 
 
 def test_the_sampler_is_tried_on_three_rewards():
