@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from benchmarks import common, floors
 from drama_jax import nn, vae
 from drama_jax.config import preset
-from drama_jax.nn import gpu_convolution
+from drama_jax.nn import gpu_convolution, gpu_convolution_gradient
 from drama_jax.nn.batch_norm import conv_normalise_silu, normalise_silu
 
 # (height, input channels in phases, output channels, output to phases) of the encoder's layers, preset xs.
@@ -60,7 +60,7 @@ def training_rows(frames: int) -> list[dict[str, Any]]:
 
         if channels <= 64:
             gradient = plain(x, kernel)
-            functions = {"xla": by_kernel, "pallas": gpu_convolution.kernel_gradient}
+            functions = {"xla": by_kernel, "pallas": gpu_convolution_gradient.kernel_gradient}
             name = f"kernel_gradient_{channels}_{out}"
             rows += compared(name, functions, (x, gradient), channels * out, channels + out)
     return rows

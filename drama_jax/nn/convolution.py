@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from drama_jax.checks import arrays as check_arrays
-from drama_jax.nn import gpu_convolution
+from drama_jax.nn import gpu_convolution, gpu_convolution_gradient
 
 
 def space_to_depth(x: jax.Array) -> jax.Array:
@@ -165,8 +165,8 @@ def _gradients_on_gpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> t
     by_x, by_kernel = _gradients(x, kernel, gradient)
     if gpu_convolution.serves(gradient, x.shape[-1]):
         by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel), name="conv3x3_by_input")
-    if gpu_convolution.serves_gradient(x, kernel.shape[-1]):
-        by_kernel = gpu_convolution.kernel_gradient(x, gradient).astype(kernel.dtype)
+    if gpu_convolution_gradient.serves(x, kernel.shape[-1]):
+        by_kernel = gpu_convolution_gradient.kernel_gradient(x, gradient).astype(kernel.dtype)
     return by_x, by_kernel
 
 

@@ -1,12 +1,11 @@
-"""3x3 convolutions as GPU kernels, where they beat XLA's: forward, with a fused end, and the kernel's gradient.
+"""3x3 convolutions as GPU kernels, where they beat XLA's, with a fused end.
 
-All three are implicit matrix products that read each input fewer than the nine times a 3x3 stencil asks for:
+Both are implicit matrix products that read each input fewer than the nine times a 3x3 stencil asks for, as the third
+kernel, `nn.gpu_convolution_gradient`, is:
 
 * `_walk` keeps the whole kernel in shared memory and walks down the rows of a few images. Each input row is loaded
   once per column offset and enters three output rows, whose accumulators move along. For few channels.
 * `_block` holds `ROWS_HELD` output rows at once and loops over column offsets and channels. For more channels.
-* `kernel_gradient` walks down the rows with nine accumulators, one per tap; programs share the images, and their sums
-  are added afterwards in a fixed order, so that the result is reproducible.
 
 In evaluation mode batch normalisation is folded into kernel and bias, so that an encoder layer is a convolution with
 an elementwise end, which `conv3x3` fuses, together with the layout that the next layer reads.
@@ -28,14 +27,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from drama_jax.nn.gpu_cells import FULL, POSITIONS, STAGES, Cells, divide, dot, launch
+
 ROWS_HELD = 4
 DEPTH = 32
 """Channels that `_block` takes at a time."""
-POSITIONS = 64
-WARPS = 4
-STAGES = 3
-FULL = 264
-"""Programs that fill the device: two per multiprocessor of an H100."""
 
 
 def available() -> bool:
@@ -53,13 +49,6 @@ def serves(x: jax.Array, out_channels: int) -> bool:
     if channels > 64:
         return shape and x.dtype == jnp.bfloat16 and out_channels <= 64 and height % ROWS_HELD == 0
     return shape and x.dtype == jnp.bfloat16 and channels in (16, 64) and channels * out_channels <= 2048
-
-
-def serves_gradient(x: jax.Array, out_channels: int) -> bool:
-    """Whether `kernel_gradient` takes an input [N, h, w, I], and is faster than XLA with it."""
-    _, _, width, channels = x.shape
-    shape = channels in (16, 32, 64) and out_channels in (16, 32, 64) and POSITIONS % width == 0 and width >= 16
-    return shape and x.dtype == jnp.bfloat16 and channels * out_channels <= 2048
 
 
 def conv3x3(
@@ -128,8 +117,8 @@ def _walk(
     # With few images the rows are shared out, at the price of two more rows per strip.
     strips = next((s for s in (1, 2, 4, 8, 16) if groups * s >= FULL or height % (2 * s)), 16)
     weights, bias = _pad_out(kernel.reshape(-1, kernel.shape[-1]), bias)
-    cells = _Cells(x.shape, kernel.shape[-1], positions, to_phases)
-    return _call(
+    cells = Cells(x.shape, kernel.shape[-1], positions, to_phases)
+    return launch(
         functools.partial(_walk_program, cells=cells, strips=strips, end=end),
         (groups * strips,),
         jax.ShapeDtypeStruct((x.size // channels * kernel.shape[-1],), x.dtype),
@@ -142,10 +131,10 @@ def _walk(
 
 
 def _walk_program(
-    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: _Cells, strips: int, end: End
+    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: Cells, strips: int, end: End
 ) -> None:
     channels, padded = cells.channels, weight_ref.shape[-1]
-    group, strip = _divmod(pl.program_id(0), strips)
+    group, strip = divide(pl.program_id(0), strips)
     rows = cells.height // strips
     top = strip * rows
     image, column = cells.place(group)
@@ -164,9 +153,9 @@ def _walk_program(
                 mask=jnp.broadcast_to(inside[:, None], (column.shape[0], channels)),
                 other=0.0,
             )
-            above = above + _dot(tile, taps[2][dx])
-            here = here + _dot(tile, taps[1][dx])
-            below = below + _dot(tile, taps[0][dx])
+            above = above + dot(tile, taps[2][dx])
+            here = here + dot(tile, taps[1][dx])
+            below = below + dot(tile, taps[0][dx])
         y = end(above + bias_ref[:][None, :])
         cells.store(out_ref, y, image, jnp.maximum(row - 1, 0), column, row - 1 >= top)
         return here, below
@@ -182,8 +171,8 @@ def _block(
     images, height, width, channels = x.shape
     depth = DEPTH if channels % DEPTH == 0 else 16
     weights, bias = _pad_out(kernel.reshape(-1, kernel.shape[-1]), bias)
-    cells = _Cells(x.shape, kernel.shape[-1], POSITIONS, to_phases)
-    return _call(
+    cells = Cells(x.shape, kernel.shape[-1], POSITIONS, to_phases)
+    return launch(
         functools.partial(_block_program, cells=cells, depth=depth, end=end),
         (pl.cdiv(images, POSITIONS // width) * (height // ROWS_HELD),),
         jax.ShapeDtypeStruct((x.size // channels * kernel.shape[-1],), x.dtype),
@@ -194,16 +183,16 @@ def _block(
 
 
 def _block_program(
-    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: _Cells, depth: int, end: End
+    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: Cells, depth: int, end: End
 ) -> None:
     channels, padded = cells.channels, weight_ref.shape[-1]
-    group, strip = _divmod(pl.program_id(0), cells.height // ROWS_HELD)
+    group, strip = divide(pl.program_id(0), cells.height // ROWS_HELD)
     top = strip * ROWS_HELD
     image, column = cells.place(group)
     entry = jnp.arange(depth)
 
     def step(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        dx, block = _divmod(k, channels // depth)
+        dx, block = divide(k, channels // depth)
         taps = [weight_ref[pl.ds((3 * dy + dx) * channels + block * depth, depth), :] for dy in range(3)]
         start = ((image * cells.height + top) * cells.width + column + dx - 1) * channels + block * depth
         held = list(sums)
@@ -216,7 +205,7 @@ def _block_program(
             )
             for dy in range(3):
                 if 0 <= j - dy < ROWS_HELD:
-                    held[j - dy] = held[j - dy] + _dot(tile, taps[dy])
+                    held[j - dy] = held[j - dy] + dot(tile, taps[dy])
         return tuple(held)
 
     zeros = jnp.zeros((column.shape[0], padded), jnp.float32)
@@ -225,126 +214,7 @@ def _block_program(
         cells.store(out_ref, end(total + bias_ref[:][None, :]), image, top + j, column, True)
 
 
-def kernel_gradient(x: jax.Array, gradient: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """Gradient of a 3x3 convolution by its kernel.
-
-    Args:
-      x: the input [N, h, w, I]; I is 16, 32 or 64, w a divisor of 64.
-      gradient: of the output [N, h, w, O]; O is 16, 32 or 64.
-      interpret: run without a GPU, slowly.
-
-    Returns:
-      [3, 3, I, O] float32.
-    """
-    images, _, width, channels = x.shape
-    out_channels = gradient.shape[-1]
-    groups = pl.cdiv(images, POSITIONS // width)
-    programs = min(FULL, groups)
-    cells = _Cells(x.shape, out_channels, POSITIONS, False)
-    sums = _call(
-        functools.partial(_gradient_program, cells=cells, groups=pl.cdiv(groups, programs)),
-        (programs,),
-        jax.ShapeDtypeStruct((programs * 9 * channels * out_channels,), jnp.float32),
-        (x, gradient.reshape(-1)),
-        name=f"conv3x3_gradient_{channels}_{out_channels}",
-        interpret=interpret,
-    )
-    return sums.reshape(programs, 3, 3, channels, out_channels).sum(axis=0)
-
-
-def _gradient_program(x_ref: Any, gradient_ref: Any, out_ref: Any, *, cells: _Cells, groups: int) -> None:
-    program = pl.program_id(0)
-    channel, out_channel = jnp.arange(cells.channels), jnp.arange(cells.out_channels)
-
-    def step(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        group, row = _divmod(k, cells.height)
-        image, column = cells.place(program * groups + group)
-        cell = (image * cells.height + row) * cells.width + column
-
-        def load(ref: Any, offset: int, entry: jax.Array, inside: jax.Array) -> jax.Array:
-            mask = jnp.broadcast_to(inside[:, None], (column.shape[0], entry.shape[0]))
-            index = ((cell + offset) * entry.shape[0])[:, None] + entry[None, :]
-            return pltriton.load(ref.at[index], mask=mask, other=0.0)
-
-        tiles = [load(x_ref, dx - 1, channel, cells.inside(image, row, column + dx - 1)) for dx in range(3)]
-        sums_ = list(sums)
-        for dy in range(3):
-            inside = cells.inside(image, row + 1 - dy, column)
-            tile = load(gradient_ref, (1 - dy) * cells.width, out_channel, inside)
-            for dx in range(3):
-                sums_[3 * dy + dx] = sums_[3 * dy + dx] + _dot(tiles[dx].T, tile)
-        return tuple(sums_)
-
-    zeros = jnp.zeros((cells.channels, cells.out_channels), jnp.float32)
-    sums = jax.lax.fori_loop(0, groups * cells.height, step, (zeros,) * 9)
-    for tap, total in enumerate(sums):
-        start = ((program * 9 + tap) * cells.channels + channel) * cells.out_channels
-        pltriton.store(out_ref.at[start[:, None] + out_channel[None, :]], total)
-
-
-class _Cells:
-    """Where the cells of a program are; everything is static but the arguments of the methods."""
-
-    def __init__(self, shape: tuple[int, ...], out_channels: int, positions: int, to_phases: bool) -> None:
-        self.images, self.height, self.width, self.channels = shape
-        self.out_channels, self.positions, self.to_phases = out_channels, positions, to_phases
-
-    def place(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Image and column [positions] of the program's cells."""
-        image, column = _divmod(jnp.arange(self.positions), self.width)
-        return group * (self.positions // self.width) + image, column
-
-    def inside(self, image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-        """Whether there is such a cell [positions]."""
-        return (image < self.images) & (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
-
-    def store(
-        self, ref: Any, y: jax.Array, image: jax.Array, row: jax.Array, column: jax.Array, valid: jax.Array | bool
-    ) -> None:
-        """Writes y [positions, padded O] to the cells of one row, in the layout asked for."""
-        if self.to_phases:
-            (cell_row, phase_row), (cell_column, phase_column) = _divmod(row, 2), _divmod(column, 2)
-            cell = (image * (self.height // 2) + cell_row) * (self.width // 2) + cell_column
-            start = (cell * 4 + phase_row * 2 + phase_column) * self.out_channels
-        else:
-            start = ((image * self.height + row) * self.width + column) * self.out_channels
-        channel = jnp.arange(y.shape[-1])
-        mask = ((image < self.images) & valid)[:, None] & (channel < self.out_channels)[None, :]
-        pltriton.store(ref.at[start[:, None] + channel[None, :]], y.astype(ref.dtype), mask=mask)
-
-
 def _pad_out(weights: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Output channels to a power of two, at least 16: [.., O] and [O]."""
     missing = max(16, pl.next_power_of_2(bias.shape[0])) - bias.shape[0]
     return jnp.pad(weights, ((0, 0), (0, missing))), jnp.pad(bias, (0, missing))
-
-
-def _call(
-    program: Callable[..., None],
-    grid: tuple[int, ...],
-    out_shape: jax.ShapeDtypeStruct,
-    operands: tuple[jax.Array, ...],
-    *,
-    stages: int = STAGES,
-    name: str,
-    interpret: bool,
-) -> jax.Array:
-    x, *others = operands
-    return pl.pallas_call(
-        program,
-        grid=grid,
-        out_shape=out_shape,
-        compiler_params=pltriton.CompilerParams(num_warps=WARPS, num_stages=stages),
-        interpret=interpret,
-        name=name,
-    )(x.reshape(-1), *others)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _divmod(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
-    """Quotient and remainder of non-negative numbers; `//` and `%` would handle signs, which does not lower."""
-    quotient = jax.lax.div(x, jnp.full_like(x, divisor))
-    return quotient, x - quotient * divisor

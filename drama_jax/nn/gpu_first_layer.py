@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from drama_jax.nn.gpu_convolution import FULL, POSITIONS, _divmod, _dot
+from drama_jax.nn.gpu_cells import FULL, POSITIONS, divide, dot
 
 CHANNELS = 16
 """Channels per cell that the kernel takes."""
@@ -125,13 +125,13 @@ def _program(
     program = pl.program_id(0)
     channel = pl.program_id(1) * block + jnp.arange(block)
     entry = jnp.arange(SPAN)
-    offset = _divmod(entry, CHANNELS)[0] - 1  # of the entry's cell: -1, 0, 1, and 2, which is left out
-    image_of_group, column = _divmod(jnp.arange(POSITIONS), width)
-    _, feature = _divmod(channel, scale_ref.shape[0])
+    offset = divide(entry, CHANNELS)[0] - 1  # of the entry's cell: -1, 0, 1, and 2, which is left out
+    image_of_group, column = divide(jnp.arange(POSITIONS), width)
+    _, feature = divide(channel, scale_ref.shape[0])
     scale, shift = pltriton.load(scale_ref.at[feature])[None, :], pltriton.load(shift_ref.at[feature])[None, :]
 
     def step(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        group, row = _divmod(k, height)
+        group, row = divide(k, height)
         image = (program * groups + group) * (POSITIONS // width) + image_of_group
         cell = (image * height + row) * width + column
         there = (image < images)[:, None]
@@ -149,8 +149,8 @@ def _program(
             start = (cell + (dy - 1) * width - 1) * CHANNELS
             inside = beside & (above >= 0) & (above < height)
             tile = pltriton.load(x_ref.at[start[:, None] + entry[None, :]], mask=inside, other=0.0).T
-            by_inner[dy] = by_inner[dy] + _dot(tile, rounded)
-            by_y[dy] = by_y[dy] + _dot(tile, y)
+            by_inner[dy] = by_inner[dy] + dot(tile, rounded)
+            by_y[dy] = by_y[dy] + dot(tile, y)
         return *by_inner, *by_y, carry[6] + inner, carry[7] + inner * wide
 
     product, total = jnp.zeros((SPAN, block), jnp.float32), jnp.zeros((POSITIONS, block), jnp.float32)

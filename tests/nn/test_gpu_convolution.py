@@ -11,7 +11,7 @@ from drama_jax import nn
 from drama_jax.nn import gpu_convolution
 from drama_jax.nn.convolution import conv3x3
 from drama_jax.nn.gpu_convolution import conv3x3 as gpu_conv3x3
-from drama_jax.nn.gpu_convolution import kernel_gradient
+from drama_jax.nn.gpu_convolution_gradient import kernel_gradient
 from tests.tools import lower_for_cuda
 
 SHAPES = [

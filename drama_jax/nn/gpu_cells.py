@@ -1,0 +1,84 @@
+"""What the convolution kernels share: which cells a program serves, how it is launched, small arithmetic.
+
+Notation as in `nn.gpu_convolution`. Lowered through the Triton backend of Pallas, deprecated in JAX since 0.11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+POSITIONS = 64
+WARPS = 4
+STAGES = 3
+FULL = 264
+"""Programs that fill the device: two per multiprocessor of an H100."""
+
+
+class Cells:
+    """Where the cells of a program are; everything is static but the arguments of the methods."""
+
+    def __init__(self, shape: tuple[int, ...], out_channels: int, positions: int, to_phases: bool) -> None:
+        self.images, self.height, self.width, self.channels = shape
+        self.out_channels, self.positions, self.to_phases = out_channels, positions, to_phases
+
+    def place(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Image and column [positions] of the program's cells."""
+        image, column = divide(jnp.arange(self.positions), self.width)
+        return group * (self.positions // self.width) + image, column
+
+    def inside(self, image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+        """Whether there is such a cell [positions]."""
+        return (image < self.images) & (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
+
+    def store(
+        self, ref: Any, y: jax.Array, image: jax.Array, row: jax.Array, column: jax.Array, valid: jax.Array | bool
+    ) -> None:
+        """Writes y [positions, padded O] to the cells of one row, in the layout asked for."""
+        if self.to_phases:
+            (cell_row, phase_row), (cell_column, phase_column) = divide(row, 2), divide(column, 2)
+            cell = (image * (self.height // 2) + cell_row) * (self.width // 2) + cell_column
+            start = (cell * 4 + phase_row * 2 + phase_column) * self.out_channels
+        else:
+            start = ((image * self.height + row) * self.width + column) * self.out_channels
+        channel = jnp.arange(y.shape[-1])
+        mask = ((image < self.images) & valid)[:, None] & (channel < self.out_channels)[None, :]
+        pltriton.store(ref.at[start[:, None] + channel[None, :]], y.astype(ref.dtype), mask=mask)
+
+
+def launch(
+    program: Callable[..., None],
+    grid: tuple[int, ...],
+    out_shape: jax.ShapeDtypeStruct,
+    operands: tuple[jax.Array, ...],
+    *,
+    stages: int = STAGES,
+    name: str,
+    interpret: bool,
+) -> jax.Array:
+    """A kernel over flat operands, the first of them x; the output is flat, too."""
+    x, *others = operands
+    return pl.pallas_call(
+        program,
+        grid=grid,
+        out_shape=out_shape,
+        compiler_params=pltriton.CompilerParams(num_warps=WARPS, num_stages=stages),
+        interpret=interpret,
+        name=name,
+    )(x.reshape(-1), *others)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Matrix product, summed in float32."""
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def divide(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of non-negative numbers; `//` and `%` would handle signs, which does not lower."""
+    quotient = jax.lax.div(x, jnp.full_like(x, divisor))
+    return quotient, x - quotient * divisor
