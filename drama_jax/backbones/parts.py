@@ -1,4 +1,4 @@
-"""What several backbones are made of: the stem, initialisers, and the check of their arguments.
+"""What several backbones are made of: the stem, layers, initialisers, and the check of their arguments.
 
 Shapes: S latent, A actions, D width.
 """
@@ -6,6 +6,7 @@ Shapes: S latent, A actions, D width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,3 +114,34 @@ def init_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DType
     low, high = map(math.log, _STEP_SIZES)
     step_size = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), _SMALLEST_STEP_SIZE)
     return step_size + jnp.log(-jnp.expm1(-step_size))
+
+
+def layer_norm(epsilon: float, dtype: jax.typing.DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    """A module that normalises the last axis in `dtype`; its input must be of `dtype` already, at least float32."""
+    return nn.LayerNorm(
+        epsilon, dtype=dtype, param_dtype=dtype, use_fast_variance=False, force_float32_reductions=False, name=name
+    )
+
+
+def linear(
+    features: int, dtype: jax.typing.DTypeLike, name: str | None = None, *, bias_from: int | None = None
+) -> nn.Dense:
+    """A linear layer with PyTorch's default initialisation, U(+-1 / sqrt(fan_in)), its bias too if it has one.
+
+    Args:
+      bias_from: fan_in, for a layer with a bias.
+    """
+
+    def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        limit = 1 / math.sqrt(bias_from or 1)
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return nn.Dense(
+        features,
+        use_bias=bias_from is not None,
+        dtype=dtype,
+        param_dtype=at_least_float32(dtype),
+        kernel_init=uniform_fan_in(),
+        bias_init=uniform,
+        name=name,
+    )

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
-from drama_jax.backbones.parts import BLOCK_EPS, uniform_fan_in
+from drama_jax.backbones.parts import BLOCK_EPS, layer_norm, uniform_fan_in
 from drama_jax.backbones.residual import ResidualBackbone
-from drama_jax.backbones.transformer import layer_norm
 from drama_jax.backbones.wkv import wkv, wkv_step
 from drama_jax.config import BackboneConfig
 from drama_jax.precision import at_least_float32

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from drama_jax import agent, backbones, world_model
-from drama_jax.backbones.transformer import TransformerBlock
+from drama_jax.backbones.transformer_block import TransformerBlock
 from drama_jax.config import BackboneConfig, ConfigError, preset
 from tests.tools import quick_jit
 
