@@ -13,8 +13,8 @@
 
 Without --game every variant is a run of `experiments.jax_env` on each of --envs; with it, of `experiments.atari100k`.
 All runs lie under OUT/runs/VARIANT and continue if the command is repeated; what is the preset as it is lies under
-OUT/runs/preset, one run for all ablations. OUT/WHAT.json, .md and .png are written when all are finished. An interval
-is a percentile bootstrap over the seeds (95 %).
+OUT/runs/preset, one run for all ablations. OUT/WHAT.json, .md and .png are written when all are finished; --redraw
+makes the last two anew from the first. An interval is a percentile bootstrap over the seeds (95 %).
 """
 
 from __future__ import annotations
@@ -22,18 +22,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-import numpy as np
-
 from drama_jax.config import AgentConfig, ConfigError
-from drama_jax.training import scores
 from drama_jax.training.signals import stop_requested
-from experiments import ablation_runs, aggregate, figures
+from experiments import ablation_report, ablation_runs, figures
 from experiments.ablation_runs import Plan, Result
 from experiments.command_line import parse_plain
-from experiments.tables import markdown_table
 
 What = Literal["sampler", "backbone", "sequence-length", "autoencoder"]
 SAMPLER_TASKS = (
@@ -66,6 +62,8 @@ class Options:
     """Directory for runs, table, data and picture."""
     flags: str = ""
     """More flags for every run, in one string: --flags="--agent.warmup-steps 100"."""
+    redraw: bool = False
+    """Only make tables and picture anew from OUT/WHAT.json, with nothing run; no other flag is looked at."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,12 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_plain(Options, arguments, "python -m experiments.ablate", __doc__)
         figures.import_figure()
-        with stop_requested() as stop:
-            results = run(options, stop)
-        if results is None:
-            print("stopped; the same command continues", flush=True)
-            return 0
-        print(write(options, results))
+        base = options.out / options.what
+        if not options.redraw:
+            with stop_requested() as stop:
+                results = run(options, stop)
+            if results is None:
+                print("stopped; the same command continues", flush=True)
+                return 0
+            ablation_report.write(base, results)
+        print(ablation_report.show(base, ablation_report.read(base)))
     except (ConfigError, ablation_runs.Failed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -164,63 +165,6 @@ def variants(what: What, agent: AgentConfig, *, atari: bool) -> dict[str, list[s
         name: [f"{prefix}.autoencoder.depths", *(str(max(1, int(factor * depth))) for depth in depths)] * (factor != 1)
         for name, factor in (("half the channels", 0.5), ("channels of the preset", 1), ("twice the channels", 2))
     }
-
-
-def write(options: Options, results: Sequence[Result]) -> str:
-    """Writes data, table and picture to OUT; returns the table."""
-    text = table(options.what, results)
-    base = options.out / options.what
-    data = {"what": options.what, "runs": [dataclasses.asdict(result) for result in results]}
-    try:
-        scores.write(base.with_suffix(".json"), data)
-        base.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-        draw(results, base.with_suffix(".png"))
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be written ({error.strerror})") from error
-    return text
-
-
-def table(what: str, results: Sequence[Result]) -> str:
-    """A row per environment and variant: final return with its interval, time a step, errors of the autoencoder."""
-    objects = any(result.object_errors for result in results)
-    head = ["", what, "final return", "95 %", "ms per step", "parameters", "reconstruction loss"]
-    head += ["error on objects", "elsewhere"] if objects else []
-    body = []
-    for result in results:
-        final = [value for value in result.final_returns if value is not None]
-        row = [result.name.rpartition(":")[2], result.variant, f"{np.mean(final):.2f}" if final else ""]
-        row += [interval(final), f"{result.ms_per_step:.1f}", f"{result.parameters:,}", f"{result.reconstruction:.3g}"]
-        if objects:
-            row += [f"{np.mean([pair[part] for pair in result.object_errors]):.4f}" for part in (0, 1)]
-        body.append(row)
-    return markdown_table(head, body)
-
-
-def interval(values: Sequence[float]) -> str:
-    """The bootstrap interval of a mean; empty for fewer than two values."""
-    if len(values) < 2:
-        return ""
-    found: Mapping[str, aggregate.Estimate] = aggregate.estimate({"": list(values)})
-    bounds = found["mean"].interval
-    return "" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
-
-
-def draw(results: Sequence[Result], path: pathlib.Path) -> None:
-    """A panel per environment, a curve per variant: the mean over its seeds, and their range."""
-    places = list(dict.fromkeys(result.name for result in results))
-    picture = figures.import_figure()(figsize=(4.6 * len(places), 3.4), layout="constrained")
-    for axis, name in zip(np.atleast_1d(picture.subplots(1, len(places))), places):
-        for result in (result for result in results if result.name == name):
-            steps, curves = np.asarray(result.curve_steps), np.asarray(result.curves, np.float64)
-            known = np.isfinite(curves).all(axis=0)
-            (line,) = axis.plot(steps[known], curves[:, known].mean(axis=0), label=result.variant)
-            low, high = curves[:, known].min(axis=0), curves[:, known].max(axis=0)
-            axis.fill_between(steps[known], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axis.set_title(name.rpartition(":")[2])
-        axis.set_xlabel("agent steps")
-        axis.set_ylabel("return of an episode")
-        axis.legend(fontsize=7)
-    picture.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ import numpy as np
 from drama_jax import agent
 from drama_jax.config import AgentConfig, ConfigError
 from drama_jax.config import preset as atari_preset
+from drama_jax.envs.games import canonical_game
 from drama_jax.envs.jax_env import JaxEnv
-from drama_jax.training import checkpoint, in_graph, metrics_file, weights
+from drama_jax.training import checkpoint, in_graph, metrics_file, resume, weights
 from experiments import atari100k, atari_options, jax_curves, jax_env, jax_presets, sweep
 from experiments.exits import Failed
+from experiments.sweep import Settings
 
 __all__ = ["Failed", "Plan", "Result", "agent_of", "check", "object_errors", "run"]
 
@@ -55,7 +57,7 @@ class Result:
     curve_steps: list[float]
     curves: list[list[float | None]]
     ms_per_step: float
-    """Wall clock over steps and seeds, compilation included."""
+    """Of one seed, when all are trained together: the median of what was logged, so without compilation."""
     parameters: int
     """Of world model, actor and critic."""
     reconstruction: float
@@ -100,7 +102,7 @@ def run(plan: Plan, stop: Callable[[], bool]) -> Result | None:
         errors: list[tuple[float, float]] = []
     else:
         options, config, env = jax_presets.parse(plan.arguments)
-        directories = _finished(plan, options.logdir, range(config.seed, config.seed + options.seeds), config.steps)
+        directories = _finished(plan.name.rpartition(":")[2], options, config)
         directories = directories or jax_env.run(options, config, env, stop) or []
         errors = [object_errors(path, config.agent, env) for path in directories] if plan.objects else []
     return _result(plan, directories, errors) if directories else None
@@ -109,19 +111,32 @@ def run(plan: Plan, stop: Callable[[], bool]) -> Result | None:
 def _atari(plan: Plan) -> list[pathlib.Path]:
     """The run directories of all seeds, trained and evaluated; [] if a signal has ended it."""
     options, config = atari_options.parse(list(plan.arguments), _PROGRAM)
-    wanted = options.logdir, range(config.seed, config.seed + options.seeds), config.steps
-    if not _finished(plan, *wanted) and atari100k.main(plan.arguments) != 0:
+    game = canonical_game(plan.name)
+    directories = _finished(game, options, config)
+    if not directories and atari100k.main(plan.arguments) != 0:
         raise Failed(f"{plan.name}, {plan.variant}: the run failed, see above")
-    return _finished(plan, *wanted)
+    return directories or _finished(game, options, config)
 
 
-def _finished(plan: Plan, logdir: pathlib.Path, seeds: Sequence[int], steps: int) -> list[pathlib.Path]:
-    """The newest finished run of each seed; [] if one has none."""
-    name, found = plan.name.rpartition(":")[2], []
-    for seed in seeds:
-        paths = sorted(logdir.glob(f"{name}/*/seed{seed}-*/scores.json"), reverse=True)
-        found += [path.parent for path in paths if json.loads(path.read_text(encoding="utf-8"))["steps"] == steps][:1]
-    return found if len(found) == len(seeds) else []
+def _finished(
+    name: str, options: jax_presets.Options | atari_options.AllOptions, config: Settings
+) -> list[pathlib.Path]:
+    """The newest finished run of each seed; [] if one has none.
+
+    Raises:
+      ConfigError: if one is there, but with other settings.
+    """
+    found = []
+    for seed in range(config.seed, config.seed + options.seeds):
+        paths = sorted(options.logdir.glob(f"{name}/{options.preset}/seed{seed}-*/scores.json"), reverse=True)
+        done = [path for path in paths if json.loads(path.read_text(encoding="utf-8"))["steps"] == config.steps]
+        for path in done[:1]:
+            try:
+                resume.check(path.parent, name, options.preset, dataclasses.replace(config, seed=seed))
+            except ConfigError as error:
+                raise ConfigError(f"{str(error).partition(';')[0]}; name another --out") from None
+            found.append(path.parent)
+    return found if len(found) == options.seeds else []
 
 
 def _result(plan: Plan, directories: Sequence[pathlib.Path], errors: list[tuple[float, float]]) -> Result:
@@ -136,7 +151,7 @@ def _result(plan: Plan, directories: Sequence[pathlib.Path], errors: list[tuple[
         final = [jax_curves.mean_between(one, 0.9 * steps, steps) for one in episodes]
     tag = "world_model/reconstruction_loss"
     losses = [line[tag] for rows in lines for line in rows if tag in line and line["step"] > 0.9 * steps]
-    seconds = max(summary["training_s" if plan.atari else "wall_clock_s"] for summary in summaries)
+    times = [1 / line["charts/SPS"] for line in lines[0] if line.get("charts/SPS")]
     return Result(
         name=plan.name,
         variant=plan.variant,
@@ -146,7 +161,7 @@ def _result(plan: Plan, directories: Sequence[pathlib.Path], errors: list[tuple[
         curves=[
             [jax_curves.mean_between(one, low, high) for low, high in itertools.pairwise(edges)] for one in episodes
         ],
-        ms_per_step=1e3 * seconds / steps / len(directories),
+        ms_per_step=1e3 * float(np.median(times)) / len(directories) if times else float("nan"),
         parameters=_parameters(checkpoint.load_weights(directories[0])),
         reconstruction=float(np.mean(losses)) if losses else float("nan"),
         object_errors=errors,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 import test_jax_command
 
 from drama_jax.config import preset
-from experiments import ablate, ablation_runs
+from experiments import ablate, ablation_report, ablation_runs
 
 # Environment, agent and steps of another test, so that both are one compilation.
 MICRO = " ".join(test_jax_command.ARGUMENTS[test_jax_command.ARGUMENTS.index("--compilation-cache") :])
@@ -85,15 +87,32 @@ def test_the_sampler_is_tried_on_three_rewards():
 
 
 def test_table_and_interval():
-    lines = ablate.table("sampler", [result(), result(variant="uniform", final_returns=[None, None])]).splitlines()
+    lines = ablation_report.table(
+        "sampler", [result(), result(variant="uniform", final_returns=[None, None])]
+    ).splitlines()
     assert lines[2] == "| Catch | DFS | 0.75 | 0.50 to 1.00 | 12.3 | 12,345 | 1.5 |"
     assert lines[3].startswith("| Catch | uniform |  |  |")
-    assert ablate.interval([1.0]) == ""
+    assert ablation_report.interval([1.0]) == ""
+
+
+def test_returns_by_stretch_are_means_over_seeds_of_each_eighth_of_the_steps():
+    # Three seeds of 16 points: of two points in each eighth, the first seed lacks one, and the third both of the last.
+    curves = [[2.0 * point for point in range(16)] for _ in range(3)]
+    curves[0][1] = None
+    curves[2][14:] = [None, None]
+    curves[1] = [value + 1 for value in curves[1]]
+    cells = ablation_report.by_stretch(result(steps=1600, curves=curves))
+    # Means of the seeds: 0, 2, 1 in the first eighth, 5, 6, 5 in the second, 29, 30 in the last.
+    assert cells[0] == "1.00 ± 0.58" and cells[1] == "5.33 ± 0.33" and cells[-1] == "29.50 ± 0.50"
+    lines = ablation_report.stretches("sampler", [result(steps=1600, curves=curves)]).splitlines()
+    assert lines[2].startswith("| Catch, sampler | to 200 | to 400 |")
+    assert lines[4].startswith("| DFS | 1.00 ± 0.58 | 5.33 ± 0.33 |")
+    assert ablation_report.by_stretch(result(curves=[[None] * 8])) == [""] * 8
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """Where an ablation with one variant has run to its end."""
+def out_and_errors(tmp_path_factory):
+    """Where an ablation with one variant has run to its end, and what it says when other settings are asked for."""
     path = tmp_path_factory.mktemp("ablation")
     wanted = ["--what", "autoencoder", "--envs", test_jax_command.NAME, "--seeds", "2"]
     arguments = [*wanted, "--steps", str(test_jax_command.STEPS), "--out", str(path), f"--flags={MICRO}"]
@@ -104,8 +123,22 @@ def out(tmp_path_factory):
         assert ablate.main(arguments) == 0
         patch.setattr(ablation_runs.jax_env, "train", lambda *_: pytest.fail("finished runs are not run again"))
         assert ablate.main(arguments) == 0
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            assert ablate.main([*arguments[:-1], f"--flags={MICRO} --agent.replay.tau 3"]) == 2
     jax.config.update("jax_disable_most_optimizations", False)
-    return path
+    return path, errors.getvalue()
+
+
+@pytest.fixture(scope="module")
+def out(out_and_errors):
+    """Where an ablation with one variant has run to its end."""
+    return out_and_errors[0]
+
+
+def test_finished_runs_of_other_settings_are_not_taken(out_and_errors):
+    message = out_and_errors[1].strip()
+    assert message.startswith("error: --agent.replay.tau: the run in ") and message.endswith("; name another --out")
 
 
 def test_a_whole_ablation_leaves_data_table_and_picture(out):
@@ -120,6 +153,14 @@ def test_a_whole_ablation_leaves_data_table_and_picture(out):
     assert len(list(out.glob("runs/small/Short/tiny/seed*"))) == 2
 
 
+def test_tables_and_picture_are_made_anew_from_the_data_alone(out, tmp_path, capsys):
+    (tmp_path / "autoencoder.json").write_bytes((out / "autoencoder.json").read_bytes())
+    assert ablate.main(["--what", "autoencoder", "--redraw", "--out", str(tmp_path)]) == 0
+    for name in ("autoencoder.md", "autoencoder.png"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert capsys.readouterr().out == (out / "autoencoder.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -130,6 +171,7 @@ def test_a_whole_ablation_leaves_data_table_and_picture(out):
         ("--what sampler --envs Catch-bsuite --game Pong", "--game and --envs exclude each other"),
         ("--what sampler --game Pong --preset medium", "unknown preset 'medium'"),
         ("--what sampler --flags=--agent.tau=3", "--agent.tau"),
+        ("--what sampler --redraw", "run the ablation without --redraw"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, message):
