@@ -6,10 +6,11 @@
     python -m benchmarks.ssd --tune              how the kernels can be cut at each shape
     python -m benchmarks.ssd --picture FILE      draws a result file (needs matplotlib)
 
-Every time is that of one call of many in one compiled function, each fed with the output of the one before: what the
-device needs. `*_dispatch_ms` is one call from Python that waits for its result. `floor_ms` is reading the operands and
-writing the results once at the card's measured bandwidth, and `*_ratio` the time over it. `peak_bytes` is what the
-compiled forward and backward pass allocates besides its arguments.
+Every time is that of one call of many in one compiled function, each fed with the output of the one before, and of
+several calls of that function queued before one is waited for: what the device needs. `*_dispatch_ms` is one call from
+Python that waits for its result. `floor_ms` is reading the operands and writing the results once at the card's measured
+bandwidth, and `*_ratio` the time over it. `peak_bytes` is what the compiled forward and backward pass allocates besides
+its arguments.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import itertools
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +45,9 @@ CASES: dict[str, Shape] = {  # B, T, H, P, N
 TINY: dict[str, Shape] = {"tiny": (2, 64, 2, 16, 16)}
 LENGTHS = [2**n for n in range(7, 17)]
 LINKS = 10
-"""Calls in one compiled function."""
+"""Calls in one compiled function, at least."""
+LINKED = 50 * 2**21
+"""Numbers of x that the calls in one function take together, so that it runs for longer than its dispatch takes."""
 Operands = dict[str, jax.Array]
 Scan = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -75,7 +79,8 @@ def forward_backward(scan: Scan, inputs: Operands) -> Any:
 
 
 def chained_ms(function: Callable[[Operands], Any], inputs: Operands, links: int) -> float:
-    """Milliseconds of one of `links` calls, each with the x that the one before returned."""
+    """Milliseconds of one of `links` calls or more, each with the x that the one before returned."""
+    links = max(links, min(50, LINKED // inputs["x"].size))
 
     @jax.jit
     def chain(inputs: Operands) -> Any:
@@ -90,7 +95,8 @@ def chained_ms(function: Callable[[Operands], Any], inputs: Operands, links: int
             found.append(out)
         return found
 
-    return common.median_ms(lambda: chain(inputs), repeats=7, warmup=2) / links
+    rounds = [common.queued_ms(lambda: chain(inputs), repeats=5, warmup=1) for _ in range(5)]
+    return statistics.median(rounds) / links
 
 
 def measured(scan: Scan, inputs: Operands, links: int) -> dict[str, Any]:
@@ -207,14 +213,14 @@ def cuts(inputs: Operands) -> list[Tiles]:
     found += [dataclasses.replace(default, warps=2, backward_warps=2), dataclasses.replace(default, chunk=16)]
     found += [dataclasses.replace(default, depth=min(depth, inputs["B"].shape[-1])) for depth in (16, 32, 64, 128)]
     if inputs["B"].shape[-1] == 128 and inputs["x"].dtype == jnp.bfloat16:
-        found = [default, *cuts_apart(default), *found]
+        found = [default, dataclasses.replace(default, depth=32, stages=1, apart=None), *cuts_apart(default), *found]
     return list(dict.fromkeys(found))
 
 
 def cuts_apart(default: Tiles) -> list[Tiles]:
     """For N = 128, P = 64 in bfloat16: three-kernel cuts of the backward pass, which spill at most 20 bytes a thread.
 
-    Around the fastest of `results/ssd_tune_lm_2k-nvidia-h200.json`; the default's gradient kernel spills 1,608 bytes.
+    Around the fastest of `results/ssd_tune_lm_2k-nvidia-h200.json`; the one gradient kernel spills 1,608 bytes.
     """
     found = []
     for depth, stages, apart in (

@@ -32,7 +32,7 @@ def _contract() -> Any:
 
 
 def apart(x: jax.Array, B: jax.Array, **operands: Any) -> tuple[jax.Array, jax.Array]:
-    """The kernels with the backward pass of `gpu_backward_apart`, which is no default yet."""
+    """The kernels with the backward pass of `gpu_backward_apart`, also where it is not the default."""
     tiles = dataclasses.replace(fused.default_tiles(x, B), apart=Apart(depth=min(64, padded(B.shape[-1]))))
     return fused.ssd_pallas(x=x, B=B, tiles=tiles, **operands)
 

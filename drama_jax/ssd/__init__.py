@@ -60,9 +60,9 @@ __all__ = [
     "ssd_step",
 ]
 
-FASTER: dict[str, tuple[int, int]] = {"bfloat16": (8192, 16)}
+FASTER: dict[str, tuple[int, int]] = {"bfloat16": (65_536, 16)}
 """dtype of x -> the largest T and the largest N for which the kernels were measured to be faster than "chunked" on an
-H100, forward and backward (benchmarks/README.md, SSD scan)."""
+H100 (T to 8,192) and an H200, forward and backward (benchmarks/README.md, SSD scan)."""
 Implementation = Literal["reference", "chunked", "pallas"]
 IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from drama_jax.precision import at_least_float32
 from drama_jax.ssd import gpu_backward, gpu_backward_apart, gpu_forward
-from drama_jax.ssd.recurrence import compose
 from drama_jax.ssd.segments import segment_index
-from drama_jax.ssd.tiles import Inputs, Plan, Steps, Tiles, default_tiles
+from drama_jax.ssd.tiles import Ends, Inputs, Plan, Steps, Tiles, default_tiles
 
 LARGEST_HEAD_DIM, LARGEST_STATE_DIM = 128, 256
 Saved = tuple[Inputs, jax.Array, tuple[()] | None]
@@ -86,17 +85,16 @@ def why_not(x: jax.Array, B: jax.Array, *, interpret: bool) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _scan(inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    y, final, _ = gpu_forward.outputs(
-        inputs, _entries(inputs, state, tiles, interpret), tiles, save=False, interpret=interpret
-    )
+    ends = _ends(inputs.x, inputs.B, state, inputs, tiles, reverse=False, interpret=interpret)
+    y, final, _ = gpu_forward.outputs(inputs, ends, tiles, save=False, interpret=interpret)
     return y, final
 
 
 def _scan_forward(
     inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool
 ) -> tuple[tuple[jax.Array, jax.Array], Saved]:
-    entry = _entries(inputs, state, tiles, interpret)
-    y, final, saved = gpu_forward.outputs(inputs, entry, tiles, save=True, interpret=interpret)
+    ends = _ends(inputs.x, inputs.B, state, inputs, tiles, reverse=False, interpret=interpret)
+    y, final, saved = gpu_forward.outputs(inputs, ends, tiles, save=True, interpret=interpret)
     assert saved is not None
     # Neither has an array in it; which of the two it is says whether the state has a gradient.
     return (y, final), (inputs, saved, None if state is None else ())
@@ -109,12 +107,9 @@ def _scan_backward(
     dy, dfinal = cotangents
     tiles = dataclasses.replace(tiles, strips=tiles.backward_strips)
     saved = _resized(saved, Plan.of(inputs, tiles).chunks)
-    exits = dfinal[:, :, None]
-    if tiles.strips > 1:
-        sums, decays = gpu_forward.strip_states(dy, inputs.C, inputs, tiles, reverse=True, interpret=interpret)
-        exits = _between_strips(sums, decays, dfinal, reverse=True)
+    ends = _ends(dy, inputs.C, dfinal, inputs, tiles, reverse=True, interpret=interpret)
     kernels = gpu_backward if tiles.apart is None else gpu_backward_apart
-    out = kernels.gradients(inputs, saved, dy, exits, tiles, interpret=interpret)
+    out = kernels.gradients(inputs, saved, dy, ends, tiles, interpret=interpret)
     by_inputs = Inputs(
         x=out["x"],
         B=out["B"],
@@ -134,23 +129,18 @@ def _resized(saved: jax.Array, chunks: int) -> jax.Array:
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _entries(inputs: Inputs, state: jax.Array | None, tiles: Tiles, interpret: bool) -> jax.Array | None:
-    """The state entering each strip [B, H, S, P, N], or None for zeros."""
+def _ends(
+    values: jax.Array,
+    keys: jax.Array,
+    first: jax.Array | None,
+    inputs: Inputs,
+    tiles: Tiles,
+    *,
+    reverse: bool,
+    interpret: bool,
+) -> Ends:
+    """What the walk through each strip starts from; arguments as of `gpu_forward.strip_states`."""
     if tiles.strips == 1:
-        return None if state is None else state[:, :, None]
-    sums, decays = gpu_forward.strip_states(inputs.x, inputs.B, inputs, tiles, reverse=False, interpret=interpret)
-    return _between_strips(sums, decays, jnp.zeros_like(sums[:, :, 0]) if state is None else state, reverse=False)
-
-
-def _between_strips(sums: jax.Array, decays: jax.Array, first: jax.Array, *, reverse: bool) -> jax.Array:
-    """The state at the near end of each strip [B, H, S, P, N], from what each strip adds and `first` [B, H, P, N]."""
-
-    if reverse:
-        sums, decays, first = sums[:, :, 1:], decays[:, :, 1:], first[:, :, None]
-        sums = sums.at[:, :, -1:].add(decays[:, :, -1:, None, None] * first)
-        _, after = jax.lax.associative_scan(compose, (decays[..., None, None], sums), axis=2, reverse=True)
-        return jnp.concatenate([after, first], axis=2)
-    sums, decays, first = sums[:, :, :-1], decays[:, :, :-1], first[:, :, None]
-    sums = sums.at[:, :, :1].add(decays[:, :, :1, None, None] * first)
-    _, after = jax.lax.associative_scan(compose, (decays[..., None, None], sums), axis=2)
-    return jnp.concatenate([first, after], axis=2)
+        return Ends(first=first, sums=None, decays=None)
+    sums, decays = gpu_forward.strip_states(values, keys, inputs, tiles, reverse=reverse, interpret=interpret)
+    return Ends(first=first, sums=sums, decays=decays)

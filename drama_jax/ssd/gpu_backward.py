@@ -17,14 +17,14 @@ from drama_jax.ssd.chunk_gradients import Chunk, Inside, Through, by_dt, by_log_
 from drama_jax.ssd.decays import scaled
 from drama_jax.ssd.gpu_forward import Dot
 from drama_jax.ssd.places import Pieces, Place
-from drama_jax.ssd.tiles import Inputs, Plan, Tiles
+from drama_jax.ssd.tiles import Ends, Inputs, Plan, Tiles
 
 Carry = tuple[Pieces, jax.Array, jax.Array]
 """ds, and the sums dA and dD so far."""
 
 
 def gradients(
-    inputs: Inputs, saved: jax.Array, dy: jax.Array, exit_gradient: jax.Array | None, tiles: Tiles, *, interpret: bool
+    inputs: Inputs, saved: jax.Array, dy: jax.Array, ends: Ends, tiles: Tiles, *, interpret: bool
 ) -> dict[str, jax.Array]:
     """Gradients of all operands.
 
@@ -32,7 +32,7 @@ def gradients(
       inputs: the operands of the scan.
       saved: `[B, H, chunks, P, N]` as dt, the state that enters each chunk.
       dy: the gradient of y, `[B, T, H, P]` as x.
-      exit_gradient: of the state that leaves each strip, `[B, H, S, P, N]` as dt, zeros if absent.
+      ends: the gradient of the final state, and what the strips add to it, from `strip_states`.
       tiles: how to cut; the chunk is that of `outputs`.
       interpret: run without a GPU.
 
@@ -42,7 +42,7 @@ def gradients(
     plan = Plan.of(inputs, tiles)
     done = pallas.call(
         functools.partial(_strip, plan, functools.partial(pallas.dot, interpret=interpret)),
-        {"inputs": inputs, "saved": saved, "dy": dy, "exit": exit_gradient},
+        {"inputs": inputs, "saved": saved, "dy": dy, "ends": ends},
         _out_shapes(plan, inputs),
         name="ssd_gradients",
         programs=plan.programs,
@@ -88,7 +88,7 @@ def _strip(plan: Plan, dot: Dot, read: Any, write: Any) -> None:
     def step(k: jax.Array, carry: Carry) -> Carry:
         return _chunk(place, read, write, carry, plan.walk - 1 - k, dot)
 
-    ds = place.strip_state(read["exit"], zero.dtype)
+    ds = place.start_of_walk(read["ends"], zero.dtype, reverse=True)
     ds, dA, dD = jax.lax.fori_loop(0, plan.walk, step, (ds, zero, zero))
     for at, piece in zip(place.state(0, 1), ds):
         pallas.store(write["initial_state"], *at, piece, place.strip == 0)

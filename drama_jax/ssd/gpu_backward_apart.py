@@ -26,16 +26,16 @@ from drama_jax.ssd import pallas
 from drama_jax.ssd.chunk_gradients import Chunk, Inside, Through, by_dt, by_log_decays, by_x
 from drama_jax.ssd.gpu_forward import Dot, with_chunk
 from drama_jax.ssd.places import Pieces, Place
-from drama_jax.ssd.tiles import Apart, Inputs, Plan, Tiles
+from drama_jax.ssd.tiles import Apart, Ends, Inputs, Plan, Tiles
 
 
 def gradients(
-    inputs: Inputs, saved: jax.Array, dy: jax.Array, exit_gradient: jax.Array | None, tiles: Tiles, *, interpret: bool
+    inputs: Inputs, saved: jax.Array, dy: jax.Array, ends: Ends, tiles: Tiles, *, interpret: bool
 ) -> dict[str, jax.Array]:
     """Gradients of all operands; arguments and results as of `gpu_backward.gradients`, `tiles.apart` must be there."""
     apart = tiles.apart
     assert apart is not None
-    exits, initial = _state_gradients(inputs, dy, exit_gradient, tiles, interpret)
+    exits, initial = _state_gradients(inputs, dy, ends, tiles, interpret)
     # Every chunk is a strip from here on.
     tiles = dataclasses.replace(tiles, strips=exits.shape[2])
     read = {"inputs": inputs, "saved": saved, "exits": exits, "dy": dy}
@@ -47,7 +47,7 @@ def gradients(
 
 
 def _state_gradients(
-    inputs: Inputs, dy: jax.Array, exit_gradient: jax.Array | None, tiles: Tiles, interpret: bool
+    inputs: Inputs, dy: jax.Array, ends: Ends, tiles: Tiles, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The gradient of the state that leaves each chunk `[B, H, chunks, P, N]`, and of the first `[B, H, P, N]`."""
     plan, wide = Plan.of(inputs, tiles), inputs.steps.dt.dtype
@@ -62,14 +62,14 @@ def _state_gradients(
                 pallas.store(write["exits"], *at, piece)
             return with_chunk(place, read, ds, k, dot, reverse=True)[0]
 
-        ds = jax.lax.fori_loop(0, plan.walk, step, place.strip_state(read["exit"], wide))
+        ds = jax.lax.fori_loop(0, plan.walk, step, place.start_of_walk(read["ends"], wide, reverse=True))
         for at, piece in zip(place.state(0, 1), ds):
             pallas.store(write["initial_state"], *at, piece, place.strip == 0)
 
     sizes = (plan.head_dim, plan.state_dim)
     done = pallas.call(
         program,
-        {"values": dy, "keys": inputs.C, "steps": inputs.steps, "exit": exit_gradient},
+        {"values": dy, "keys": inputs.C, "steps": inputs.steps, "ends": ends},
         {
             "exits": jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.chunks, *sizes), wide),
             "initial_state": jax.ShapeDtypeStruct((plan.batch, plan.heads, *sizes), wide),

@@ -1,8 +1,9 @@
 """The forward kernels of the SSD scan: states of strips, and outputs.
 
 * `strip_states`: what each strip adds to the state, forward, or to the state's gradient, backward in time. Not needed
-  for one strip. What passes between strips is a scan over a few small arrays, left to XLA.
-* `outputs`: y and the final state from the state that enters each strip; on request the state entering each chunk.
+  for one strip.
+* `outputs`: y and the final state; on request the state entering each chunk. Each program first goes through what the
+  strips before its own add.
 
 A program holds the state in registers and walks from chunk to chunk. With s the state that enters a chunk of steps
 1 to Q, and the decays of `decays`:
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from drama_jax.ssd import pallas
 from drama_jax.ssd.decays import Decays, scaled
 from drama_jax.ssd.places import Pieces, Place
-from drama_jax.ssd.tiles import Inputs, Plan, Tiles
+from drama_jax.ssd.tiles import Ends, Inputs, Plan, Tiles
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -34,7 +35,9 @@ Dot = Callable[[jax.Array, jax.Array], jax.Array]
 def strip_states(
     values: jax.Array, keys: jax.Array, inputs: Inputs, tiles: Tiles, *, reverse: bool, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum over each strip of decayed outer products of values and keys, and its decay.
+    """The sum over each strip of decayed outer products of values and keys, and its decay, but for the last one.
+
+    No strip comes behind the last (`reverse`: the first) one: its numbers are left undefined.
 
     Args:
       values: `[B, T, H, P]`: x, or the gradient of y if `reverse`.
@@ -49,17 +52,18 @@ def strip_states(
     """
     plan, wide = Plan.of(inputs, tiles), inputs.steps.dt.dtype
     dot = functools.partial(pallas.dot, interpret=interpret)
+    strips = range(1, tiles.strips) if reverse else range(tiles.strips - 1)
 
     def program(read: Any, write: Any) -> None:
-        place = Place.of_program(plan)
+        place = Place.of_program(plan, strips)
 
         def step(k: jax.Array, carry: tuple[Pieces, jax.Array]) -> tuple[Pieces, jax.Array]:
             state, decay = carry
             state, whole = with_chunk(place, read, state, plan.walk - 1 - k if reverse else k, dot, reverse=reverse)
             return state, decay * whole
 
-        start = (place.strip_state(None, wide), jnp.ones((), wide))
-        state, decay = jax.lax.fori_loop(0, plan.walk, step, start)
+        zeros = tuple(jnp.zeros((tiles.width, tiles.depth), wide) for _ in plan.pieces)
+        state, decay = jax.lax.fori_loop(0, plan.walk, step, (zeros, jnp.ones((), wide)))
         for at, piece in zip(place.state(place.strip, tiles.strips), state):
             pallas.store(write["states"], *at, piece)
         # Every block of P writes the same number.
@@ -74,7 +78,7 @@ def strip_states(
             "decays": jax.ShapeDtypeStruct(shape, wide),
         },
         name="ssd_states_backward" if reverse else "ssd_states",
-        programs=plan.programs,
+        programs=plan.programs // tiles.strips * len(strips),
         warps=tiles.warps,
         stages=tiles.stages,
         interpret=interpret,
@@ -99,13 +103,13 @@ def with_chunk(
 
 
 def outputs(
-    inputs: Inputs, entry: jax.Array | None, tiles: Tiles, *, save: bool, interpret: bool
+    inputs: Inputs, ends: Ends, tiles: Tiles, *, save: bool, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The scan from the state that enters each strip.
+    """The scan, from the initial state and what the strips add to it.
 
     Args:
       inputs: the operands.
-      entry: `[B, H, S, P, N]` as dt, zeros if absent.
+      ends: from `strip_states`.
       tiles: how to cut.
       save: return the state that enters each chunk too.
       interpret: run without a GPU.
@@ -125,7 +129,7 @@ def outputs(
                     pallas.store(write["saved"], *at, piece)
             return _chunk_output(place, read["inputs"], write, state, k, dot)
 
-        state = jax.lax.fori_loop(0, plan.walk, step, place.strip_state(read["entry"], wide))
+        state = jax.lax.fori_loop(0, plan.walk, step, place.start_of_walk(read["ends"], wide, reverse=False))
         for at, piece in zip(place.state(0, 1), state):
             pallas.store(write["final"], *at, piece, place.strip == tiles.strips - 1)
 
@@ -138,7 +142,7 @@ def outputs(
         out_shapes["saved"] = jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.chunks, *sizes), wide)
     done = pallas.call(
         program,
-        {"inputs": inputs, "entry": entry},
+        {"inputs": inputs, "ends": ends},
         out_shapes,
         name="ssd_outputs",
         programs=plan.programs,

@@ -39,13 +39,14 @@ class Place:
         self.n_valid = [None if full else n < plan.state_dim for n in self.n]
 
     @classmethod
-    def of_program(cls, plan: Plan) -> Place:
-        """One strip, head and block of P for each program, and all of N."""
+    def of_program(cls, plan: Plan, strips: range | None = None) -> Place:
+        """One strip (of those given, all if none are), head and block of P for each program, and all of N."""
+        strips = range(plan.tiles.strips) if strips is None else strips
         # Neighbouring programs take neighbouring heads: they read the same B and C, and the same lines of dt.
         rest, head = pallas.quotient_and_rest(pallas.program_id(), plan.heads)
         rest, block = pallas.quotient_and_rest(rest, plan.blocks)
-        batch, strip = pallas.quotient_and_rest(rest, plan.tiles.strips)
-        return cls(plan, batch, strip, head, block, plan.pieces)
+        batch, strip = pallas.quotient_and_rest(rest, len(strips))
+        return cls(plan, batch, strips.start + strip, head, block, plan.pieces)
 
     def chunk(self, k: jax.Array | int) -> Where:
         """Times [Q] of the strip's chunk k, and which of them are in the sequence; None if all are in every chunk."""
@@ -78,12 +79,30 @@ class Place:
         start = (row * self.plan.head_dim + self.p) * self.plan.state_dim
         return [(start[:, None] + n[None, :], _both(self.p_valid, inside)) for n, inside in zip(self.n, self.n_valid)]
 
-    def strip_state(self, states: Any, dtype: Any) -> Pieces:
-        """The pieces of the strip's state from `[B, H, S, P, N]`, zeros if that is None."""
-        tiles = self.plan.tiles
-        if states is None:
-            return tuple(jnp.zeros((tiles.width, tiles.depth), dtype) for _ in self.n)
-        return tuple(pallas.load(states, *at) for at in self.state(self.strip, tiles.strips))
+    def start_of_walk(self, ends: Any, dtype: Any, *, reverse: bool) -> Pieces:
+        """The pieces of the state, or of its gradient, with which the walk through the strip starts.
+
+        Strip after strip, as there are few of them; a scan by XLA would be several launches for each of its levels.
+
+        Args:
+          ends: `tiles.Ends` of references.
+          dtype: of the pieces.
+          reverse: walked from the end.
+        """
+        strips, tiles = self.plan.tiles.strips, self.plan.tiles
+        state = tuple(jnp.zeros((tiles.width, tiles.depth), dtype) for _ in self.n)
+        if ends.first is not None:
+            state = tuple(pallas.load(ends.first, *at) for at in self.state(0, 1))
+        if ends.sums is None:
+            return state
+
+        def step(k: jax.Array, state: Pieces) -> Pieces:
+            strip = strips - 1 - k if reverse else k
+            decay = ends.decays[(self.batch * self.plan.heads + self.head) * strips + strip]
+            added = (pallas.load(ends.sums, *at) for at in self.state(strip, strips))
+            return tuple(decay * piece + more for piece, more in zip(state, added))
+
+        return jax.lax.fori_loop(0, strips - 1 - self.strip if reverse else self.strip, step, state)
 
 
 def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:

@@ -8,23 +8,6 @@ import flax
 import jax
 import jax.numpy as jnp
 
-CUTS: dict[str, list[tuple[int, int, int, int, int, int]]] = {
-    "bfloat16": [
-        (32, 32, 64, 16, 4, 1024),
-        (64, 32, 64, 32, 8, 256),
-        (128, 64, 64, 32, 4, 256),
-        (256, 64, 32, 64, 8, 256),
-    ],
-    "float32": [
-        (32, 16, 32, 16, 4, 256),
-        (64, 16, 32, 16, 4, 256),
-        (128, 16, 32, 32, 4, 256),
-        (256, 16, 16, 32, 4, 256),
-    ],
-}
-"""Largest N, and up to it the chunk, width, depth, warps, and how many programs the strips should make. In bfloat16, N
-to 32 and to 128 are the fastest of `python -m benchmarks.ssd --tune`; the others, of the cuts tried with the compiler
-for an H100, those with the fewest registers spilt in both directions."""
 ENOUGH = 256
 """Programs from which on `gradients` is not cut into strips: each strip then costs more than it gains."""
 
@@ -85,6 +68,15 @@ class Inputs:
     steps: Steps
 
 
+@flax.struct.dataclass
+class Ends:
+    """What the walk through a strip starts from, made of those walked before it; states, or gradients of states."""
+
+    first: jax.Array | None  # [B, H, P, N] as dt, what the first walk of all starts from; None for zeros
+    sums: jax.Array | None  # [B, H, S, P, N] as dt, what each strip adds; None for one strip
+    decays: jax.Array | None  # [B, H, S] as dt, of a state over each strip; None for one strip
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Static sizes of a call."""
@@ -128,25 +120,42 @@ class Plan:
         return self.batch * self.tiles.strips * self.blocks * self.heads
 
 
+CUTS: dict[str, list[tuple[int, int, Tiles]]] = {
+    "bfloat16": [
+        (32, 1024, Tiles(chunk=32, width=64, depth=16)),
+        (64, 256, Tiles(chunk=32, width=64, depth=32, warps=8, backward_warps=8)),
+        (128, 256, Tiles(chunk=64, width=64, depth=128, stages=2, apart=Apart(depth=64))),
+        (256, 256, Tiles(chunk=64, width=32, depth=64, warps=8, backward_warps=8)),
+    ],
+    "float32": [
+        (64, 256, Tiles(chunk=16, width=32, depth=16)),
+        (128, 256, Tiles(chunk=16, width=32, depth=32)),
+        (256, 256, Tiles(chunk=16, width=16, depth=32)),
+    ],
+}
+"""Largest N, and up to it how many programs the strips should make, and the cut. In bfloat16, N to 32 and to 128 are
+the fastest that were tried on a card (`python -m benchmarks.ssd --tune`, benchmarks/README.md); the others, of the cuts
+tried with the compiler for an H100, those with the fewest registers spilt in both directions."""
+
+
 def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
     """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as make the programs that are wanted."""
     batch, time, heads, head_dim = x.shape
     state_dim = padded(B.shape[-1])
     cuts = CUTS["bfloat16" if x.dtype == jnp.bfloat16 else "float32"]
-    chunk, width, depth, warps, wanted = next(cut for largest, *cut in cuts if state_dim <= largest)
-    chunk, width = min(chunk, padded(time)), min(width, padded(head_dim))
-    chunks = -(-time // chunk)
-    programs = batch * heads * -(-head_dim // width)
+    wanted, cut = next((wanted, cut) for largest, wanted, cut in cuts if state_dim <= largest)
+    chunk, width = min(cut.chunk, padded(time)), min(cut.width, padded(head_dim))
+    chunks = _cdiv(time, chunk)
+    programs = batch * heads * _cdiv(head_dim, width)
     # A strip costs a second reading of its inputs: four chunks or more make that worth while.
-    strips = max(1, min(-(-wanted // programs), chunks // 4))
-    return Tiles(
+    strips = max(1, min(_cdiv(wanted, programs), chunks // 4))
+    return dataclasses.replace(
+        cut,
         chunk=chunk,
         width=width,
-        depth=min(depth, state_dim),
+        depth=min(cut.depth, state_dim),
         strips=strips,
         backward_strips=strips if programs < ENOUGH else 1,
-        warps=warps,
-        backward_warps=warps,
     )
 
 

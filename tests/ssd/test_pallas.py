@@ -91,7 +91,9 @@ def kernels(text):
 def test_lowers_for_cuda(shape, strips, dtype):
     batch, time = shape[:2]
     text = lower_for_cuda(gradient, specs(shape, dtype), jax.ShapeDtypeStruct((batch, time), jnp.int32))
-    once = {"ssd_outputs": 1, "ssd_gradients": 1}
+    apart = shape[-1] == 128 and dtype == jnp.bfloat16
+    backward = ("state_gradients", "gradients_x", "gradients_keys") if apart else ("gradients",)
+    once = {f"ssd_{name}": 1 for name in ("outputs", *backward)}
     assert kernels(text) == once | ({"ssd_states": 1, "ssd_states_backward": 1} if strips else {})
 
 
@@ -156,7 +158,14 @@ def test_the_default_tiles_fill_the_device():
     assert tiles((16, 1024, 16, 64, 16)).backward_strips == 1
     assert tiles((4, 8192, 16, 64, 16)).strips == tiles((4, 8192, 16, 64, 16)).backward_strips == 16
     assert tiles((1, 8, 1, 16, 16)) == Tiles(chunk=16, width=16, depth=16)
-    assert tiles((1, 65536, 24, 64, 128)).strips == 11
+    assert tiles((1, 65536, 24, 64, 128)).strips == tiles((1, 65536, 24, 64, 128)).backward_strips == 11
+    assert tiles((8, 2048, 24, 64, 128)).apart == Apart(depth=64)
+
+
+def test_the_forward_pass_is_two_launches_and_nothing_between_them():
+    text = lower_for_cuda(lambda inputs: ssd_pallas(**inputs), specs((1, 8192, 1, 64, 16), jnp.bfloat16))
+    assert kernels(text) == {"ssd_states": 1, "ssd_outputs": 1}
+    assert set(re.findall(r"stablehlo\.(\w+)", text)) <= {"custom_call", "reshape"}
 
 
 def small(dtype=jnp.float32, **sizes):
