@@ -16,7 +16,7 @@ def duration_table(exponent: float, longest: int) -> np.ndarray:
     """Cumulative probabilities [longest] float64 of durations 1..longest, each proportional to n^-exponent.
 
     Args:
-      exponent: mu, positive; the larger, the shorter.
+      exponent: mu, 0 or more; the larger, the shorter.
       longest: the longest duration, in steps.
     """
     checks.numbers("exploration.duration_table", 0, exponent=exponent)

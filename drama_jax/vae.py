@@ -137,8 +137,9 @@ class Decoder(nn.Module):
         kernel = self.param("kernel", weight_init, (5, 5, depths[-1], channels), params)
         bias = self.param("bias", nn.initializers.zeros, (channels,), params)
         taps = stencil_transpose_stride1(kernel.astype(self.dtype))
-        # With the channels that the convolution adds anyway, their gradient is written with them, not copied to them.
-        taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, -taps.shape[-1] % 16)))
+        if self.dtype == jnp.bfloat16:
+            # With the channels that the convolution adds anyway, their gradient is written with them, not copied.
+            taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, -taps.shape[-1] % 16)))
         return biased_sigmoid(conv3x3(x, taps), bias, 4)
 
 

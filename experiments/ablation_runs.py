@@ -128,14 +128,13 @@ def _finished(
     """
     found = []
     for seed in range(config.seed, config.seed + options.seeds):
-        paths = sorted(options.logdir.glob(f"{name}/{options.preset}/seed{seed}-*/scores.json"), reverse=True)
-        done = [path for path in paths if json.loads(path.read_text(encoding="utf-8"))["steps"] == config.steps]
-        for path in done[:1]:
+        paths = sorted(options.logdir.glob(f"{name}/{options.preset}/seed{seed}-*"), reverse=True)
+        for path in [path for path in paths if resume.scored(path) == config.steps][:1]:
             try:
-                resume.check(path.parent, name, options.preset, dataclasses.replace(config, seed=seed))
+                resume.check(path, name, options.preset, dataclasses.replace(config, seed=seed))
             except ConfigError as error:
                 raise ConfigError(f"{str(error).partition(';')[0]}; name another --out") from None
-            found.append(path.parent)
+            found.append(path)
     return found if len(found) == options.seeds else []
 
 
@@ -187,12 +186,13 @@ def object_errors(directory: pathlib.Path, config: AgentConfig, env: JaxEnv) -> 
       config: of its agent.
       env: its environment.
     """
-    small = dataclasses.replace(config, replay=dataclasses.replace(config.replay, capacity=_SHOWN))
+    capacity = max(_SHOWN, config.warmup_steps + 1)
+    small = dataclasses.replace(config, replay=dataclasses.replace(config.replay, capacity=capacity))
 
     @jax.jit
     def reconstructed(loaded: Any) -> tuple[jax.Array, jax.Array]:
         loop, _ = in_graph.play_randomly(env, _SHOWN, in_graph.begin(small, env, jax.random.key(1)))
-        frames = loop.agent.replay.frames
+        frames = loop.agent.replay.frames[:_SHOWN]
         return frames, agent.reconstruct(weights.into(loop.agent, loaded), frames, jax.random.key(2))
 
     frames, shown = jax.device_get(reconstructed(checkpoint.load_weights(directory)))

@@ -15,6 +15,7 @@ import jax
 
 from drama_jax.config import ConfigError, RunConfig
 from drama_jax.envs.games import canonical_game
+from drama_jax.training.logging import say
 from drama_jax.training.signals import stop_requested
 from experiments import atari_options, command_line, machine, meeting, runner
 from experiments.exits import exit_code
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs, finished = run(options, planned, stop, distributed)
         if not finished:
             directory = runs[0].directory if len(whole) == 1 else options.logdir
-            print(f"stopped; to continue:\n{command_line.to_continue(arguments, _PROGRAM, directory)}", flush=True)
+            say(f"stopped; to continue:\n{command_line.to_continue(arguments, _PROGRAM, directory)}", sys.stdout)
 
     return exit_code(command)
 

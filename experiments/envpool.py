@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import jax
 
+from drama_jax.training.logging import say
 from drama_jax.training.signals import stop_requested
 from experiments import command_line, envpool_options, machine, runner
 from experiments.exits import exit_code
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not finished:
             directory = runs[0].directory if len(planned) == 1 else options.logdir
             again = command_line.to_continue(arguments, envpool_options.PROGRAM, directory)
-            print(f"stopped; to continue:\n{again}", flush=True)
+            say(f"stopped; to continue:\n{again}", sys.stdout)
 
     return exit_code(command)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 
 import jax
 
 from drama_jax.envs.base import EmulatorError
 from drama_jax.training import evaluation, run_directory, scores
-from drama_jax.training.logging import Progress, Writer
+from drama_jax.training.logging import Progress, Writer, say
 from drama_jax.training.member import Training
 from experiments import machine
 from experiments.exits import Failed
@@ -66,4 +67,4 @@ def report(this: Run[Played], training: Training, returns: list[float], seconds:
         scores.write(this.directory / "scores.json", result)
     except OSError as error:
         raise Failed(f"{this.directory / 'scores.json'}: {error.strerror}; the same command repeats it") from error
-    print(scores.format_table(this.game, returns))
+    say(scores.format_table(this.game, returns), sys.stdout)

@@ -6,9 +6,9 @@ Environment, replay, sampler, acting, updates and their metrics are one jitted `
 run in chunks of `--logging.metrics-every` steps: in between, metrics and episodes are written, each seed's in the
 run directory that it would have alone (LOGDIR/ENV/PRESET/seedK-TIME), and the run can be stopped.
 
-SIGTERM and Ctrl-C end it at the end of a chunk, and save; the same command continues, on a CPU with the same bits. A
-checkpoint holds the whole replay. Needs gymnax (in the extra `drama_jax[gymnax]`), or an environment of your own with
-its interface: `--env MODULE:CLASS`.
+SIGTERM, SIGHUP and Ctrl-C end it at the end of a chunk, and save; the same command continues, on a CPU with the same
+bits. A checkpoint holds the whole replay. Needs gymnax (in the extra `drama_jax[gymnax]`), or an environment of your
+own with its interface: `--env MODULE:CLASS`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from drama_jax.envs.jax_env import JaxEnv
 from drama_jax.training import arrays, in_graph, run_directory, scores
 from drama_jax.training.checkpoint import Snapshot
 from drama_jax.training.checkpoint_writer import Checkpoints
-from drama_jax.training.logging import Progress, Writer
+from drama_jax.training.logging import Progress, Writer, say
 from drama_jax.training.signals import stop_requested
 from drama_jax.training.together import Together
 from experiments import jax_curves, machine, memory, runs
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_requested() as stop:
             directories = run(options, config, env, stop)
         if directories is None:
-            print("stopped; the same command continues", flush=True)
+            say("stopped; the same command continues", sys.stdout)
             return
         results = jax_curves.collect(directories)
         results |= jax_curves.random_play(env, results["seeds"], options.random_episodes)

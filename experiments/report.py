@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import flax.traverse_util
 import numpy as np
 
-from drama_jax.config import ConfigError
-from drama_jax.training import scores
+from drama_jax.config import PRESETS, ConfigError, preset
+from drama_jax.training import config_file, scores
 from experiments import figures, run_results
 from experiments.command_line import parse_plain
 from experiments.run_results import Result
@@ -122,7 +124,7 @@ def runs(found: Sequence[Result]) -> str:
     head = ["run", "steps", "training, last 10,000 steps", "evaluation", "episodes", "ms per step", "minutes", "card"]
     body = [
         [
-            f"{result['game']} {result['preset']} seed {result['seed']}",
+            ", ".join([f"{result['game']} {result['preset']} seed {result['seed']}", *changed(result)]),
             f"{result['steps']:,}" + ("" if result["complete"] else " (cut short)"),
             score(result["last_training_mean"]),
             mean_and_error(result["evaluation_returns"]),
@@ -139,7 +141,22 @@ def runs(found: Sequence[Result]) -> str:
 def _name(result: Result) -> str:
     plain = result["preset"] == "xs" and result["seed"] == 0
     name = result["game"] if plain else f"{result['game']} ({result['preset']}, seed {result['seed']})"
-    return name if result["complete"] else f"{name}, cut at {result['steps']:,} steps"
+    notes = [*changed(result), *([] if result["complete"] else [f"cut at {result['steps']:,} steps"])]
+    return ", ".join([name, *notes])
+
+
+def changed(result: Result) -> list[str]:
+    """The agent's settings in which a run differs from what its preset is today, each as `field value`."""
+    if result["preset"] not in PRESETS:
+        return []
+    today = _flat(dataclasses.asdict(preset(result["preset"]).agent))
+    then = config_file.LATER | _flat(result["config"]["agent"])
+    return [f"`{path.rpartition('/')[2]}` {then[path]}" for path, value in today.items() if then[path] != value]
+
+
+def _flat(agent: Mapping[str, Any]) -> dict[str, Any]:
+    leaves = flax.traverse_util.flatten_dict({"agent": agent}, sep="/")
+    return {path: list(value) if isinstance(value, tuple) else value for path, value in leaves.items()}
 
 
 def _mean(result: Result) -> float | None:

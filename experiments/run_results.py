@@ -44,7 +44,7 @@ def add(run: pathlib.Path, evaluation: pathlib.Path | None = None) -> pathlib.Pa
 def collect(run: pathlib.Path, evaluation: pathlib.Path | None = None) -> dict[str, Any]:
     """A run's result, from its files; see `add`."""
     described = _read(run / "config.json", "game", "preset", "config", "device", "commit", "versions")
-    asked = _checked(described["config"], f"{run / 'config.json'}: config", ("seed", "steps"))
+    asked = _checked(described["config"], f"{run / 'config.json'}: config", ("agent", "seed", "steps"))
     lines = metrics_file.read(run)
     own = run / "scores.json"
     finished = _read(own, "training_s", *_EVALUATED) if own.exists() else None

@@ -16,6 +16,7 @@ import jax
 
 from drama_jax.config import ConfigError
 from drama_jax.training import files, scores
+from drama_jax.training.logging import say
 from drama_jax.training.signals import stop_requested
 from experiments import aggregate, suite_plan, suite_ray
 from experiments.atari_options import AllOptions
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_requested() as stop:
             failed, stopped = ([], False) if _done(tasks) else suite_ray.run(ray, suite, tasks, stop)
             if stopped and not _done(tasks):
-                print(f"stopped; to continue:\n{command}", flush=True)
+                say(f"stopped; to continue:\n{command}", sys.stdout)
                 return 0
         report(options, tasks, command)
     except ConfigError as error:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from drama_jax.training.logging import say
 from experiments.suite_task import Task
 
 
@@ -61,8 +62,8 @@ class Progress:
             due = kept is None or kept[0] != state or (kept[1] != line and now - kept[2] > self._REPEAT_S)
             if due:
                 if not self._rows:
-                    print(_HEAD, file=self._stream)
-                print(line, file=self._stream, flush=True)
+                    say(_HEAD, self._stream)
+                say(line, self._stream)
                 self._rows[name] = state, line, now
 
     def _draw(self, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -76,7 +77,7 @@ class Progress:
         shown = rows if len(rows) <= fit else [row for row in rows if row[1] not in quiet][:fit]
         lines = [line[: size.columns - 1] for line in (_HEAD, *(line for *_, line in shown), f"{summary}")]
         up = f"\x1b[{self._drawn}A" if self._drawn else ""
-        print(up + "\x1b[J" + "\n".join(lines), file=self._stream, flush=True)
+        say(up + "\x1b[J" + "\n".join(lines), self._stream)
         self._drawn = len(lines)
 
 

@@ -133,9 +133,9 @@ CUTS: dict[str, list[tuple[int, int, Tiles]]] = {
         (256, 256, Tiles(chunk=16, width=16, depth=32)),
     ],
 }
-"""Largest N, and up to it how many programs the strips should make, and the cut. In bfloat16, N to 32 and to 128 are
-the fastest that were tried on a card (`python -m benchmarks.ssd --tune`, benchmarks/README.md); the others, of the cuts
-tried with the compiler for an H100, those with the fewest registers spilt in both directions."""
+"""Largest N, and up to it how many programs the strips should make, and the cut. In bfloat16, N to 32 is the fastest of
+`python -m benchmarks.ssd --tune` on a card, and N to 128 was the fastest there by hand (benchmarks/README.md); the
+others are, of the cuts tried with the compiler for an H100, those with the fewest registers spilt."""
 
 
 def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:

@@ -12,7 +12,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,12 @@ class Writer:
         self.close()
 
 
+def say(message: str, stream: TextIO | None = None) -> None:
+    """Prints a line, on standard error if not told otherwise, and goes on where nobody can read it any more."""
+    with contextlib.suppress(OSError):  # the terminal, or the program behind a pipe, has gone
+        print(message, file=sys.stderr if stream is None else stream, flush=True)
+
+
 class Progress:
     """A progress bar on standard error: step (or another `unit`), steps/s, time left, last return."""
 
@@ -154,14 +160,16 @@ class Progress:
 
             # A file gets a line now and then, a terminal a bar that moves.
             interval = 0.2 if sys.stderr.isatty() else 10.0
-            self._bar = tqdm(
-                total=total, desc=description, unit=unit, mininterval=interval, dynamic_ncols=True, initial=initial
-            )
+            with contextlib.suppress(OSError):  # as in `say`
+                self._bar = tqdm(
+                    total=total, desc=description, unit=unit, mininterval=interval, dynamic_ncols=True, initial=initial
+                )
 
     def advance(self) -> None:
         """One step done."""
         if self._bar is not None:
-            self._bar.update(1)
+            with contextlib.suppress(OSError):  # as in `say`
+                self._bar.update(1)
 
     @contextlib.contextmanager
     def part(self, description: str) -> Iterator[Callable[[int, int], None]]:
@@ -184,12 +192,14 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
-        if self._bar is not None:
+        if self._bar is None:
+            say(message)
+            return
+        with contextlib.suppress(OSError):
             self._bar.write(message, file=sys.stderr)
-        else:
-            print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()

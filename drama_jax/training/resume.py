@@ -87,11 +87,17 @@ def is_run(path: pathlib.Path) -> bool:
 
 def finished(directory: pathlib.Path, steps: int) -> bool:
     """Whether the run has its scores, after at least `steps` steps."""
+    reached = scored(directory)
+    return reached is not None and reached >= steps
+
+
+def scored(directory: pathlib.Path) -> int | None:
+    """After how many steps the run has its scores; None if it has none, or their file is damaged."""
     try:
         reached = json.loads((directory / "scores.json").read_text(encoding="utf-8"))["steps"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return isinstance(reached, int) and reached >= steps
+        return None
+    return reached if isinstance(reached, int) else None
 
 
 def check(directory: pathlib.Path, game: str, preset: str, config: RunSettings) -> tuple[str, dict[str, list[Any]]]:

@@ -16,9 +16,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def stop_requested() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether one of the signals has come.
 
-    The first one only sets that; the second one has its default effect and ends the process at once. A signal that
-    was ignored stays ignored. What was there before is back in place afterwards. Outside the main thread, where
-    signals cannot be caught, nothing is.
+    The first one only sets that; a second SIGTERM or SIGINT has its default effect and ends the process at once, a
+    SIGHUP none, as a shell that is closed sends two. A signal that was ignored stays ignored. What was there before is
+    back in place afterwards. Outside the main thread, where signals cannot be caught, nothing is.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -29,11 +29,11 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     def on_signal(number: int, _: Any) -> None:
         received.append(number)
         for one in caught:
-            signal.signal(one, signal.SIG_DFL)
+            signal.signal(one, signal.SIG_IGN if one == signal.SIGHUP else signal.SIG_DFL)
         # Not print: the signal may have interrupted one.
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            os.write(2, f"\n{name}: finishing the step and saving; a second signal ends at once\n".encode())
+            os.write(2, f"\n{name}: finishing the step and saving; a second SIGTERM or Ctrl-C ends at once\n".encode())
 
     before = {one: signal.signal(one, on_signal) for one in caught}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from drama_jax.config import preset
 from experiments import figures, report, run_results
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -17,10 +19,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture
 def run(tmp_path):
     """A run of 20,000 steps that was asked for 30,000."""
+    agent = dataclasses.asdict(preset("xs").agent)
+    agent["world_model"].pop("free_bits_each")  # as the files of an older version
     described = {
         "game": "Pong",
         "preset": "xs",
-        "config": {"seed": 3, "steps": 30_000},
+        "config": {"agent": agent | {"warmup_steps": 2_048}, "seed": 3, "steps": 30_000},
         "versions": {"jax": "0.0", "platform": "of the machine"},
         "device": "a card",
         "commit": "abc",
@@ -46,7 +50,9 @@ def test_a_run_that_was_cut_short(run):
         "step": [10_000, 20_000], "charts/SPS": [50, 100], "world_model/total_loss": [2, None],
         "actor_critic/entropy": [1.235, 1],
     }  # fmt: skip
-    assert "cut at 20,000 steps" in report.all_columns([result])
+    where = "`free_bits_each` False, `warmup_steps` 2048"
+    assert f"| Pong (xs, seed 3), {where}, cut at 20,000 steps |" in report.all_columns([result])
+    assert f"| Pong xs seed 3, {where} |" in report.runs([result])
 
 
 def test_a_run_with_an_evaluation_of_its_own_or_another(run):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from drama_jax.config import LoggingConfig
 from drama_jax.training.images import comparison_strip
-from drama_jax.training.logging import MeanMetrics, Progress, Writer
+from drama_jax.training.logging import MeanMetrics, Progress, Writer, say
 from drama_jax.training.tensorboard import Board
 
 
@@ -159,3 +162,23 @@ def test_tensorboard_starts_another_file_after_an_error(tmp_path):
     board.close()
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     assert [event.step for event in events.Scalars("a")] == [1, 3]
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_terminal_that_has_gone_ends_nothing(enabled, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EPIPE, "the reader has gone")
+
+        def flush(self):
+            self.write("")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(OSError, match="gone"):
+        print("a line", file=sys.stderr)
+    say("a line")
+    say("a line", sys.stderr)
+    progress = Progress(3, enabled, "training")
+    progress.advance()
+    progress.say("a line")
+    progress.close()
