@@ -27,7 +27,7 @@ import jax
 from benchmarks import common
 from drama_jax.training import in_graph
 from drama_jax.training.together import Together
-from experiments import jax_presets
+from experiments import jax_options
 from experiments.jax_env import Chunk
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 def measure(env: str, preset: str | None, seeds: int, steps: int) -> Row:
     """The row of one environment and number of seeds; `steps` timed steps of each."""
     chosen = [] if preset is None else ["--preset", preset]
-    options, config, environment = jax_presets.parse(["--env", env, *chosen])
+    options, config, environment = jax_options.parse(["--env", env, *chosen])
     together = Together(seeds)
     # Run once, so that on a CPU it is compiled fast rather than well.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None

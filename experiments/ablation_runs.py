@@ -18,7 +18,7 @@ from drama_jax.config import preset as atari_preset
 from drama_jax.envs.games import canonical_game
 from drama_jax.envs.jax_env import JaxEnv
 from drama_jax.training import checkpoint, in_graph, metrics_file, resume, weights
-from experiments import atari100k, atari_options, jax_curves, jax_env, jax_presets, sweep
+from experiments import atari100k, atari_options, jax_curves, jax_env, jax_options, sweep
 from experiments.exits import Failed
 from experiments.sweep import Settings
 
@@ -76,7 +76,7 @@ def agent_of(name: str, preset: str, *, atari: bool) -> AgentConfig:
     """
     if atari:
         return atari_preset(preset).agent
-    return jax_presets.parse(["--env", name, "--preset", preset])[1].agent
+    return jax_options.parse(["--env", name, "--preset", preset])[1].agent
 
 
 def check(plan: Plan) -> None:
@@ -85,7 +85,7 @@ def check(plan: Plan) -> None:
         options, atari = atari_options.parse(list(plan.arguments), _PROGRAM)
         sweep.plan(atari, options.seeds, options.sweep)
         return
-    _, config, _ = jax_presets.parse(plan.arguments)
+    _, config, _ = jax_options.parse(plan.arguments)
     if plan.objects and config.agent.world_model.autoencoder.vector_size:
         raise ConfigError(f"--envs {plan.name}: it shows vectors, and no objects; name one that shows a board")
 
@@ -101,7 +101,7 @@ def run(plan: Plan, stop: Callable[[], bool]) -> Result | None:
         directories = _atari(plan)
         errors: list[tuple[float, float]] = []
     else:
-        options, config, env = jax_presets.parse(plan.arguments)
+        options, config, env = jax_options.parse(plan.arguments)
         directories = _finished(plan.name.rpartition(":")[2], options, config)
         directories = directories or jax_env.run(options, config, env, stop) or []
         errors = [object_errors(path, config.agent, env) for path in directories] if plan.objects else []
@@ -119,7 +119,7 @@ def _atari(plan: Plan) -> list[pathlib.Path]:
 
 
 def _finished(
-    name: str, options: jax_presets.Options | atari_options.AllOptions, config: Settings
+    name: str, options: jax_options.Options | atari_options.AllOptions, config: Settings
 ) -> list[pathlib.Path]:
     """The newest finished run of each seed; [] if one has none.
 

@@ -36,7 +36,8 @@ from drama_jax.training.signals import stop_requested
 from drama_jax.training.together import Together
 from experiments import jax_curves, machine, memory, runs
 from experiments.exits import Failed, exit_code
-from experiments.jax_presets import AllOptions, InGraphConfig, parse
+from experiments.jax_options import AllOptions, parse
+from experiments.jax_presets import InGraphConfig
 from experiments.runs import Run
 from experiments.sweep import plan
 

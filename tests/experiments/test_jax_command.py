@@ -21,7 +21,7 @@ from drama_jax.config import ConfigError
 from drama_jax.envs import jax_env as environments
 from drama_jax.replay import Transition
 from drama_jax.training import checkpoint, config_file, in_graph, random_play
-from experiments import jax_curves, jax_env, jax_presets
+from experiments import jax_curves, jax_env, jax_options, jax_presets
 from tests.tools import metrics_but_for_the_clock, metrics_lines, quick_jit
 
 STEPS, WARMUP, SEEDS = 24, 14, (3, 4)
@@ -84,7 +84,7 @@ def saved(directory):
 @pytest.fixture(scope="module")
 def by_hand():
     """seed -> (rewards, ends of episodes, metrics of updates, agent and acting at the end), by a loop on the host."""
-    _, config, env = jax_presets.parse(ARGUMENTS)
+    _, config, env = jax_options.parse(ARGUMENTS)
     init = quick_jit(lambda key: agent.init(key, config.agent, env.num_actions))
     reset, play, act = quick_jit(env.reset), quick_jit(env.step), quick_jit(agent.act)
     observe, update = quick_jit(agent.observe), quick_jit(agent.update)
@@ -342,19 +342,19 @@ def test_without_gymnax_a_line_says_how_to_get_it(monkeypatch, capsys):
     ],
 )
 def test_images_are_as_small_as_the_environment_and_the_autoencoder_allow(name, preset, shape):
-    _, config, env = jax_presets.parse(["--env", name, "--preset", preset])
+    _, config, env = jax_options.parse(["--env", name, "--preset", preset])
     expected = shape if isinstance(shape, tuple) else (shape, shape, 3)
     assert env.frame_shape == expected == config.agent.world_model.autoencoder.image_shape
 
 
 def test_a_vector_environment_has_its_own_preset_unless_another_is_given():
-    _, config, env = jax_presets.parse(["--env", "Pendulum-v1"])
-    options, other, _ = jax_presets.parse(["--env", "CartPole-v1", "--preset=small"])
+    _, config, env = jax_options.parse(["--env", "Pendulum-v1"])
+    options, other, _ = jax_options.parse(["--env", "CartPole-v1", "--preset=small"])
     assert env.num_actions == Continuous(1) and env.frame_shape == (3,)
     assert config.agent.world_model.autoencoder.vector_size == 3
     assert config == dataclasses.replace(jax_presets.PRESETS["vector"](), agent=config.agent)
     assert options.preset == "small" and other.agent.world_model.autoencoder.vector_size == 4
-    _, boards, _ = jax_presets.parse(["--env", "CartPole-v1", "--preset", "minatar"])
+    _, boards, _ = jax_options.parse(["--env", "CartPole-v1", "--preset", "minatar"])
     assert boards.agent.world_model.autoencoder.reconstruction == "squared_error"  # numbers are no probabilities
 
 
@@ -376,7 +376,7 @@ def test_a_vector_environment_with_continuous_actions_from_end_to_end(tmp_path):
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
 def test_help_needs_no_environment(flag, capsys):
     with pytest.raises(SystemExit) as stop:
-        jax_presets.parse([flag])
+        jax_options.parse([flag])
     assert not stop.value.code
     output = capsys.readouterr().out
     assert "--seeds" in output and ("--agent.replay.tau" in output) == (flag == "--help-all")
