@@ -44,9 +44,7 @@ CASES: dict[str, Shape] = {  # B, T, H, P, N
 }
 TINY: dict[str, Shape] = {"tiny": (2, 64, 2, 16, 16)}
 LENGTHS = [2**n for n in range(7, 17)]
-LINKS = 10
-"""Calls in one compiled function, at least."""
-LINKED = 50 * 2**21
+LINKED = 10 * 2**24
 """Numbers of x that the calls in one function take together, so that it runs for longer than its dispatch takes."""
 Operands = dict[str, jax.Array]
 Scan = Callable[..., tuple[jax.Array, jax.Array]]
@@ -78,9 +76,10 @@ def forward_backward(scan: Scan, inputs: Operands) -> Any:
     return backward((inputs["x"], jnp.ones_like(out[1])))[0], out
 
 
-def chained_ms(function: Callable[[Operands], Any], inputs: Operands, links: int) -> float:
-    """Milliseconds of one of `links` calls or more, each with the x that the one before returned."""
-    links = max(links, min(50, LINKED // inputs["x"].size))
+def chained_ms(function: Callable[[Operands], Any], inputs: Operands, links: int | None = None) -> float:
+    """Milliseconds of one of `links` calls (3 to 50 by `LINKED` if None), each with the x that the last returned."""
+    if links is None:
+        links = max(3, min(50, LINKED // inputs["x"].size))
 
     @jax.jit
     def chain(inputs: Operands) -> Any:
@@ -99,7 +98,7 @@ def chained_ms(function: Callable[[Operands], Any], inputs: Operands, links: int
     return statistics.median(rounds) / links
 
 
-def measured(scan: Scan, inputs: Operands, links: int) -> dict[str, Any]:
+def measured(scan: Scan, inputs: Operands, links: int | None) -> dict[str, Any]:
     """Both passes of one implementation."""
     row: dict[str, Any] = {}
     for name, function in (("forward", forward), ("forward_backward", forward_backward)):
@@ -130,7 +129,7 @@ def implementations() -> list[Implementation]:
     return ["chunked", "pallas"] if jax.default_backend() == "gpu" else ["chunked"]
 
 
-def case_rows(cases: dict[str, Shape], dtypes: list[str], links: int) -> Iterator[dict[str, Any]]:
+def case_rows(cases: dict[str, Shape], dtypes: list[str], links: int | None) -> Iterator[dict[str, Any]]:
     """One row per shape, dtype and implementation."""
     for name, shape in cases.items():
         for dtype in dtypes:
@@ -160,10 +159,9 @@ def sweep_rows(shape: Shape, lengths: list[int]) -> Iterator[dict[str, Any]]:
         points: dict[str, list[tuple[int, float]]] = {"forward_ms": [], "forward_backward_ms": []}
         for time in lengths:
             inputs = operands((shape[0], time, *shape[2:]), jnp.bfloat16)
-            links = LINKS if time <= 8192 else 3
             row = {
-                "forward_ms": chained_ms(functools.partial(forward, scan), inputs, links),
-                "forward_backward_ms": chained_ms(functools.partial(forward_backward, scan), inputs, links),
+                "forward_ms": chained_ms(functools.partial(forward, scan), inputs),
+                "forward_backward_ms": chained_ms(functools.partial(forward_backward, scan), inputs),
             }
             for key, value in row.items():
                 points[key].append((time, value))
@@ -190,8 +188,8 @@ def tune_rows(cases: dict[str, Shape], dtypes: list[str]) -> Iterator[dict[str, 
                 scan = functools.partial(fused.ssd_pallas, tiles=tiles)
                 row: dict[str, Any] = {"name": name, "dtype": dtype, "tiles": repr(tiles)}
                 try:
-                    row["forward_ms"] = chained_ms(functools.partial(forward, scan), inputs, 5)
-                    row["forward_backward_ms"] = chained_ms(functools.partial(forward_backward, scan), inputs, 5)
+                    row["forward_ms"] = chained_ms(functools.partial(forward, scan), inputs)
+                    row["forward_backward_ms"] = chained_ms(functools.partial(forward_backward, scan), inputs)
                 except jax.errors.JaxRuntimeError as error:  # too much shared memory
                     row["error"] = str(error).splitlines()[0][:120]
                 yield row
@@ -265,7 +263,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[*CASES, *TINY], default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS, help="T of the sweep; none: no sweep")
-    parser.add_argument("--links", type=int, default=LINKS, help="calls in one compiled function")
+    parser.add_argument("--links", type=int, default=None, help="calls in one compiled function")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--tune", action="store_true")

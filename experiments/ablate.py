@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from drama_jax.config import AgentConfig, ConfigError
+from drama_jax.training.logging import say
 from drama_jax.training.signals import stop_requested
 from experiments import ablation_report, ablation_runs, figures
 from experiments.ablation_runs import Plan, Result
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with stop_requested() as stop:
                 results = run(options, stop)
             if results is None:
-                print("stopped; the same command continues", flush=True)
+                say("stopped; the same command continues", sys.stdout)
                 return 0
             ablation_report.write(base, results)
         print(ablation_report.show(base, ablation_report.read(base)))
@@ -129,12 +130,9 @@ def plans_of(options: Options, name: str) -> list[Plan]:
             objects=options.what == "autoencoder" and options.game is None,
             arguments=(
                 *("--game" if options.game else "--env", name, "--preset", preset, "--seeds", str(options.seeds)),
-                *(
-                    "--logdir",
-                    str(options.out / "runs" / (variant.replace(" ", "-") if flags else "preset")),
-                    *steps,
-                    *flags,
-                ),
+                *("--logdir", str(options.out / "runs" / (variant.replace(" ", "-") if flags else "preset"))),
+                *steps,
+                *flags,
                 *options.flags.split(),
             ),
         )

@@ -12,10 +12,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import flax.traverse_util
 import numpy as np
 
 from drama_jax.config import PRESETS, ConfigError, preset
@@ -149,14 +147,9 @@ def changed(result: Result) -> list[str]:
     """The agent's settings in which a run differs from what its preset is today, each as `field value`."""
     if result["preset"] not in PRESETS:
         return []
-    today = _flat(dataclasses.asdict(preset(result["preset"]).agent))
-    then = config_file.LATER | _flat(result["config"]["agent"])
+    today = config_file.flat({"agent": dataclasses.asdict(preset(result["preset"]).agent)})
+    then = config_file.LATER | config_file.flat({"agent": result["config"]["agent"]})
     return [f"`{path.rpartition('/')[2]}` {then[path]}" for path, value in today.items() if then[path] != value]
-
-
-def _flat(agent: Mapping[str, Any]) -> dict[str, Any]:
-    leaves = flax.traverse_util.flatten_dict({"agent": agent}, sep="/")
-    return {path: list(value) if isinstance(value, tuple) else value for path, value in leaves.items()}
 
 
 def _mean(result: Result) -> float | None:

@@ -36,16 +36,27 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, latent: jax.Array, action: jax.Array) -> jax.Array:
         """Embeds latent and action in the residual stream."""
-        size, wide = latent.shape[-1], at_least_float32(self.dtype)
-        if self.has_variable("params", "kernel"):
-            rows = self.get_variable("params", "kernel").shape[0]
-            check_rows(rows, size, self.num_actions)
-        rows = size + action_space.size(self.num_actions)
-        kernel = self.param("kernel", uniform_fan_in(), (rows, self.width), wide)
+        wide = at_least_float32(self.dtype)
+        x = embed(self, latent, action)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), wide)
-        embedded = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
-        x = embedded + embed_action(kernel[size:].astype(wide), action, self.num_actions) + bias.astype(wide)
-        return nn.silu(rms_norm(STEM_EPS, wide, name="norm")(x))
+        return nn.silu(rms_norm(STEM_EPS, wide, name="norm")(x + bias.astype(wide)))
+
+
+def embed(stem: Any, latent: jax.Array, action: jax.Array) -> jax.Array:
+    """W [latent, action] in at least float32, where W is the parameter "kernel" of `stem`.
+
+    Args:
+      stem: the module, with `width`, `num_actions` and `dtype`.
+      latent: `[..., S]` float.
+      action: `[...]` int, or `[..., A]` float if continuous.
+    """
+    size, wide = latent.shape[-1], at_least_float32(stem.dtype)
+    if stem.has_variable("params", "kernel"):
+        check_rows(stem.get_variable("params", "kernel").shape[0], size, stem.num_actions)
+    rows = size + action_space.size(stem.num_actions)
+    kernel = stem.param("kernel", uniform_fan_in(), (rows, stem.width), wide)
+    embedded = jnp.matmul(latent.astype(stem.dtype), kernel[:size].astype(stem.dtype), preferred_element_type=wide)
+    return embedded + embed_action(kernel[size:].astype(wide), action, stem.num_actions)
 
 
 def check_rows(rows: int, size: int, num_actions: ActionSpace) -> None:

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import jax.typing
 from flax import linen as nn
 
-from drama_jax import action_space
 from drama_jax.action_space import ActionSpace
-from drama_jax.backbones.parts import check_rows, embed_action, layer_norm, linear, uniform_fan_in
+from drama_jax.backbones.parts import embed, layer_norm, linear
 from drama_jax.config import BackboneConfig
 from drama_jax.precision import at_least_float32
 
@@ -45,15 +44,8 @@ class TransformerStem(nn.Module):
     @nn.compact
     def __call__(self, latent: jax.Array, action: jax.Array) -> jax.Array:
         """Embeds latent and action."""
-        size, wide = latent.shape[-1], at_least_float32(self.dtype)
-        if self.has_variable("params", "kernel"):
-            rows = self.get_variable("params", "kernel").shape[0]
-            check_rows(rows, size, self.num_actions)
-        rows = size + action_space.size(self.num_actions)
-        kernel = self.param("kernel", uniform_fan_in(), (rows, self.width), wide)
-        x = jnp.matmul(latent.astype(self.dtype), kernel[:size].astype(self.dtype), preferred_element_type=wide)
-        x = x + embed_action(kernel[size:].astype(wide), action, self.num_actions)
-        x = nn.relu(layer_norm(_STEM_EPS, wide, "norm")(x))
+        wide = at_least_float32(self.dtype)
+        x = nn.relu(layer_norm(_STEM_EPS, wide, "norm")(embed(self, latent, action)))
         return layer_norm(_STEM_EPS, wide, "norm_out")(linear(self.width, self.dtype, "out")(x).astype(wide))
 
 

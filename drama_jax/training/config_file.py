@@ -9,6 +9,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
+import flax.traverse_util
+
 from drama_jax.config import AgentConfig, ConfigError, RunConfig, TaskRunConfig
 
 NAME = "config.json"
@@ -53,6 +55,13 @@ class RunSettings(Protocol):
     def seed(self) -> int:
         """Of everything random."""
         ...
+
+
+def flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a configuration by path of the field, as they are once written to a file and read."""
+    # Through JSON, where tuples become lists and numbers what they will be when they are read.
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(json.loads(json.dumps(content)), sep="/")
+    return leaves
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:

@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.traverse_util
-
 from drama_jax.action_space import ActionSpace
 from drama_jax.config import ConfigError
 from drama_jax.training import arrays, config_file, programs, replay_log, run_directory, scores
@@ -77,7 +75,7 @@ def runs(
 
 def _settings(directory: pathlib.Path) -> dict[str, Any]:
     """A run's configuration by path of the field."""
-    return config_file.LATER | _flat(config_file.read(directory)["config"])
+    return config_file.LATER | config_file.flat(config_file.read(directory)["config"])
 
 
 def is_run(path: pathlib.Path) -> bool:
@@ -110,8 +108,8 @@ def check(directory: pathlib.Path, game: str, preset: str, config: RunSettings) 
       ConfigError: a field differs that may not, or config.json cannot be read.
     """
     saved = config_file.read(directory)
-    before = config_file.LATER | _flat({"game": saved["game"], "preset": saved["preset"], **saved["config"]})
-    given = _flat({"game": game, "preset": preset, **dataclasses.asdict(config)})
+    before = config_file.LATER | config_file.flat({"game": saved["game"], "preset": saved["preset"], **saved["config"]})
+    given = config_file.flat({"game": game, "preset": preset, **dataclasses.asdict(config)})
     changed = {
         name: [before.get(name), given.get(name)]
         for name in sorted(before.keys() | given.keys())
@@ -169,12 +167,6 @@ def announce(changed: Mapping[str, list[Any]], say: Callable[[str], None]) -> No
     """One line for each changed field."""
     for name, (old, new) in changed.items():
         say(f"{flag(name)} {_show(new)} (was {_show(old)})")
-
-
-def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
-    # Through JSON, where tuples become lists and numbers what they will be when they are read.
-    flat: dict[str, Any] = flax.traverse_util.flatten_dict(json.loads(json.dumps(content)), sep="/")
-    return flat
 
 
 def _show(value: Any) -> str:
