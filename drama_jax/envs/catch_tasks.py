@@ -6,6 +6,7 @@ the paddle is there. An episode is some balls, one after the other; it ends when
 
 * `SparseCatch`: three balls, and a reward of 1 at the end if all three were caught; nothing before, and 0 otherwise.
   Random play is paid in one of 125 episodes.
+* `PairCatch`: the same with two balls; random play is paid in one of 25 episodes.
 * `SwitchingCatch`: one ball, caught 1, missed -1; every 3,000 steps the signs are swapped, without a sign of it on the
   board. What the replay says of rewards is then wrong for half of its entries.
 
@@ -146,6 +147,13 @@ class SparseCatch(_Catch):
     ) -> jax.Array:
         """See the class."""
         return (over & (state.caught == self.balls)).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairCatch(SparseCatch):
+    """`SparseCatch` with two balls an episode."""
+
+    balls: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
