@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from drama_jax.envs import jax_env
-from drama_jax.envs.catch_tasks import CatchParams, SparseCatch, SwitchingCatch
+from drama_jax.envs.catch_tasks import CatchParams, PairCatch, SparseCatch, SwitchingCatch
 from tests.tools import quick_jit
 
 LEFT, STAY, RIGHT = range(3)
@@ -47,20 +47,22 @@ def test_a_ball_falls_a_row_a_step_and_another_one_follows():
     assert set(np.unique(boards)) == {0, 1} and boards.shape == (28, 10, 5)
 
 
-def test_all_balls_must_be_caught_for_the_sparse_reward():
-    _, rewards, ends = play(SparseCatch(), 270, catcher)
+@pytest.mark.parametrize("env", [PairCatch(), SparseCatch()])
+def test_all_balls_must_be_caught_for_the_sparse_reward(env):
+    _, rewards, ends = play(env, 270, catcher)
+    np.testing.assert_array_equal(np.flatnonzero(ends) % (9 * env.balls), 9 * env.balls - 1)
     np.testing.assert_array_equal(rewards, ends)
-    assert not play(SparseCatch(), 270, misser)[1].any()
-    # Two of three are not enough.
+    assert not play(env, 270, misser)[1].any()
+    # All but one are not enough.
     nearly = lambda state: jnp.where(state.fallen == 1, misser(state), catcher(state))  # noqa: E731
-    assert not play(SparseCatch(), 270, nearly)[1].any()
+    assert not play(env, 270, nearly)[1].any()
 
 
-def test_random_play_is_seldom_paid():
+@pytest.mark.parametrize(("env", "chance"), [(PairCatch(), 1 / 25), (SparseCatch(), 1 / 125)])
+def test_random_play_is_seldom_paid(env, chance):
     # A ball's column is drawn without a look at the paddle: one of five is caught.
     walk = lambda state: jax.random.randint(jax.random.fold_in(jax.random.key(5), state.age), (), 0, 3)  # noqa: E731
-    _, rewards, ends = play(SparseCatch(), 27 * 4000, walk)
-    chance = 1 / 125
+    _, rewards, ends = play(env, 27 * 4000, walk)
     error = (chance * (1 - chance) / ends.sum()) ** 0.5
     assert abs(rewards.sum() / ends.sum() - chance) < 4 * error
 
@@ -76,7 +78,7 @@ def test_rewards_change_their_sign_every_period_and_nothing_else_does():
     np.testing.assert_array_equal(play(SwitchingCatch(), 90, misser, params)[1], -rewards)
 
 
-@pytest.mark.parametrize("name", ["SparseCatch", "SwitchingCatch"])
+@pytest.mark.parametrize("name", ["PairCatch", "SparseCatch", "SwitchingCatch"])
 def test_the_agent_sees_them(name):
     env = jax_env.make(f"drama_jax.envs.catch_tasks:{name}", 10)
     assert env.num_actions == 3 and env.frame_shape == (10, 10, 1)
