@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from drama_jax import checks
+from drama_jax.nn import gpu_keys
 
 Carry = Any
 Output = Any
@@ -72,9 +73,10 @@ def rollout_steps(
     """
     body, keys = _prepared("rollout_steps", model, policy, horizon, key)
     body = jax.jit(body)  # traced once for all steps
+    flat = gpu_keys.apart(keys) if gpu_keys.serves(keys) else [key for pair in keys for key in pair]
     loop, outputs, actions = start, [], []
-    for step in range(horizon):
-        loop, (output, action) = body(loop, keys[step])
+    for pair in zip(flat[::2], flat[1::2]):
+        loop, (output, action) = body(loop, pair)
         outputs.append(output)
         actions.append(action)
     carry, last = loop
@@ -84,13 +86,13 @@ def rollout_steps(
 def _prepared(
     function: str, model: Model, policy: Policy, horizon: int, key: jax.Array
 ) -> tuple[Callable[[tuple[Carry, Output], jax.Array], Any], jax.Array]:
-    """The body of the loop, and its keys [L, 2]."""
+    """The body of the loop, which takes a pair of keys, and all of these [L, 2]."""
     if not callable(model) or not callable(policy):
         raise TypeError(f"{function}: model and policy must be functions")
     checks.integers(function, horizon=horizon)
     checks.key(function, key)
 
-    def body(loop: tuple[Carry, Output], keys: jax.Array) -> tuple[tuple[Carry, Output], tuple[Output, jax.Array]]:
+    def body(loop: tuple[Carry, Output], keys: Any) -> tuple[tuple[Carry, Output], tuple[Output, jax.Array]]:
         carry, output = loop
         carry, action = policy(carry, output, keys[0])
         carry, following = model(carry, output, action, keys[1])

@@ -11,7 +11,7 @@ from drama_jax import agent, latents, world_model
 from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, make
 from drama_jax.behaviour import gpu_actor
 from drama_jax.config import preset
-from drama_jax.nn import gpu_sample, gpu_side_by_side
+from drama_jax.nn import gpu_keys, gpu_sample, gpu_side_by_side
 from drama_jax.replay import Batch
 from tests.tools import quick_jit
 
@@ -30,14 +30,15 @@ def kernels(monkeypatch):
 
         monkeypatch.setattr(module, name, run)
 
-    for module in (gpu_rollout, gpu_sample, gpu_actor, gpu_side_by_side):
+    for module in (gpu_rollout, gpu_sample, gpu_actor, gpu_keys, gpu_side_by_side):
         monkeypatch.setattr(module, "serves", lambda *arguments: True)
     interpreted(gpu_side_by_side, "side_by_side")
+    interpreted(gpu_keys, "apart")
     interpreted(gpu_sample, "sample_latent")
     interpreted(gpu_actor, "choose_actions")
     for name in ("mixer_context", "mixer_step"):
         interpreted(gpu_mixer, name)
-    for name in ("embed", "project"):
+    for name in ("add", "embed"):
         interpreted(gpu_dense, name)
     return calls
 
@@ -77,10 +78,11 @@ def test_imagination_is_the_same(inputs, request):
     assert calls == {
         "sample_latent": 3,  # posterior, first prior, and the step's: that is traced once
         "mixer_context": layers,
+        "apart": 1,
         "choose_actions": 1,
         "embed": 1,
         "mixer_step": layers,
-        "project": layers,
+        "add": layers,
         "side_by_side": 1,
     }
     np.testing.assert_array_equal(actual.actions, expected.actions)
