@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from drama_jax import checks, guard, replay, world_model
-from drama_jax.acting import Acting, EncodedActing, act, initial_acting, initial_encoded_acting
+from drama_jax.acting import Acting, EncodedActing, act, initial_acting, initial_encoded_acting, player
 from drama_jax.agent_imagination import Imagined, imagine
 from drama_jax.agent_inspection import imagine_video, reconstruct, state_metrics
 from drama_jax.agent_state import (
@@ -51,6 +51,7 @@ __all__ = [
     "initial_acting",
     "initial_encoded_acting",
     "observe",
+    "player",
     "policy_input",
     "reconstruct",
     "resolve",

@@ -243,6 +243,18 @@ def test_first_clears_the_context(filled, act):
     np.testing.assert_array_equal(kept[0][1].length, [3, 3])
 
 
+def test_a_player_acts_as_the_agent_it_is_of_and_holds_nothing_that_is_not_read(filled, act):
+    state = filled()
+    player, acting = agent.player(state), agent.initial_acting(state, 2)
+    arguments = acting, transitions(2, seed=4).frame, jax.random.key(0), jnp.zeros(2, bool)
+    chex.assert_trees_all_equal(act(player, *arguments), act(state, *arguments))
+    jaxpr = jax.make_jaxpr(agent.act)(player, *arguments).jaxpr
+    read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    leaves = jax.tree_util.tree_leaves_with_path(player)
+    unread = [jax.tree_util.keystr(path) for (path, _), one in zip(leaves, jaxpr.invars) if id(one) not in read]
+    assert unread == [] and len(leaves) < len(jax.tree.leaves(state)) / 2
+
+
 def test_encoded_acting_chooses_the_same_actions(filled, act):
     """Also over the start of an episode, where the context is cleared, and with a context that is full."""
     state = filled()

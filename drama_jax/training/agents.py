@@ -67,7 +67,8 @@ class Agents:
         """
         if step < self._config.warmup_steps:
             return self._random()
-        actions, self._now.acting = self._programs.act(self.state, self._now.acting, frames, act_keys, step, firsts)
+        player = self._programs.player(self.state)
+        actions, self._now.acting = self._programs.act(player, self._now.acting, frames, act_keys, step, firsts)
         return actions
 
     def _random(self) -> np.ndarray:

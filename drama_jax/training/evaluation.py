@@ -62,12 +62,13 @@ def evaluate(
     if episodes == 0:
         return []
     observation = attempt(environment.reset)
+    player = agent.player(state)
     step = 0
     while any(len(done) < wanted for done, wanted in zip(finished, quota)):
         if stop():
             return None
         frames = jax.device_put(observation.frames, may_alias=False)
-        actions, acting = _act(state, acting, frames, key, step, observation.first)
+        actions, acting = _act(player, acting, frames, key, step, observation.first)
         observation = attempt(environment.step, np.asarray(actions))
         returns += observation.rewards
         for index in np.flatnonzero(observation.last):

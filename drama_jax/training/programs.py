@@ -59,6 +59,7 @@ class Programs:
     """The compiled functions of a loop. Frames [N, ...], actions and flags [N] become E = 1 for each agent."""
 
     def __init__(self, together: Together) -> None:
+        self.player: Program = agent.player  # not compiled: what `act` is given of a state
         self.act: Program = _act
         self.observe: Program = observe
         self.update: Program = update

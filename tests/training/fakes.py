@@ -162,6 +162,7 @@ AGENT = types.SimpleNamespace(
     observe=lambda state, transition: _append(state, transition, False),
     update=update,
     act=act,
+    player=lambda state: state,
     initial_acting=lambda state, num_envs: {"steps": jnp.zeros(num_envs, jnp.int32)},
     initial_encoded_acting=lambda state, num_envs: {"steps": jnp.zeros(num_envs, jnp.int32)},
     state_metrics=lambda state: {
