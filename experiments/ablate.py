@@ -7,7 +7,7 @@
 | --what | variants |
 | --- | --- |
 | sampler | DFS, DFS with four times the temperatures, uniform sampling |
-| backbone | mamba2, mamba, gru, transformer, rwkv; with --game of equal size, else of equal width |
+| backbone | mamba2, mamba, gru, transformer, rwkv, of equal size (widths 64 and 512; else of equal width); memory |
 | sequence-length | training sequences of 8, 32 and 128 steps; as many steps a batch as the preset has, at least 128 |
 | autoencoder | half the channels, the preset's, twice as many; with the error on small objects |
 
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from drama_jax.config import AgentConfig, ConfigError
+from drama_jax.config import AgentConfig, BackboneName, ConfigError, WorldModelConfig, backbone_sizes
 from drama_jax.training.logging import say
 from drama_jax.training.signals import stop_requested
 from experiments import ablation_report, ablation_runs, figures
@@ -40,7 +40,7 @@ SAMPLER_TASKS = (
 )
 """A dense reward, a sparse one, and one that changes sign."""
 LENGTHS = (8, 32, 128)
-BACKBONES = ("mamba2", "mamba", "gru", "transformer", "rwkv")
+BACKBONES: tuple[BackboneName, ...] = ("mamba2", "mamba", "gru", "transformer", "rwkv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,7 @@ def plans_of(options: Options, name: str) -> list[Plan]:
             variant=variant,
             atari=options.game is not None,
             objects=options.what == "autoencoder" and options.game is None,
+            memory=options.what == "backbone",
             arguments=(
                 *("--game" if options.game else "--env", name, "--preset", preset, "--seeds", str(options.seeds)),
                 *("--logdir", str(options.out / "runs" / (variant.replace(" ", "-") if flags else "preset"))),
@@ -148,8 +149,9 @@ def variants(what: What, agent: AgentConfig, *, atari: bool) -> dict[str, list[s
         hot_flags = [word for name, value in hot.items() for word in (f"--agent.replay.{name}", str(value))]
         return {"DFS": [], "DFS, 4 tau": hot_flags, "uniform": ["--agent.replay.sampler", "uniform"]}
     if what == "backbone":
-        flag = "--backbone" if atari else "--agent.world-model.backbone.name"
-        return {name: [flag, name] if atari or name != model.backbone.name else [] for name in BACKBONES}
+        if atari:
+            return {name: ["--backbone", name] for name in BACKBONES}
+        return {name: [] if name == model.backbone.name else _backbone_flags(name, model) for name in BACKBONES}
     prefix = "--agent.world-model"
     if what == "sequence-length":
         total = max(model.batch_size * model.batch_length, max(LENGTHS))
@@ -163,6 +165,12 @@ def variants(what: What, agent: AgentConfig, *, atari: bool) -> dict[str, list[s
         name: [f"{prefix}.autoencoder.depths", *(str(max(1, int(factor * depth))) for depth in depths)] * (factor != 1)
         for name, factor in (("half the channels", 0.5), ("channels of the preset", 1), ("twice the channels", 2))
     }
+
+
+def _backbone_flags(name: BackboneName, model: WorldModelConfig) -> list[str]:
+    fields = {"name": name, **backbone_sizes(name, model.backbone.width)}
+    flags = [(f"--agent.world-model.backbone.{field.replace('_', '-')}", str(value)) for field, value in fields.items()]
+    return [word for flag in flags for word in flag]
 
 
 if __name__ == "__main__":

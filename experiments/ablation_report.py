@@ -65,13 +65,16 @@ def show(base: pathlib.Path, results: Sequence[Result]) -> str:
 def table(what: str, results: Sequence[Result]) -> str:
     """A row per environment and variant: final return with its interval, time a step, errors of the autoencoder."""
     objects = any(result.object_errors for result in results)
+    memory = any(result.memory_bytes is not None for result in results)
     head = ["", what, "final return", "95 %", "ms per step", "parameters", "reconstruction loss"]
-    head += ["error on objects", "elsewhere"] if objects else []
+    head += (["memory, MB"] if memory else []) + (["error on objects", "elsewhere"] if objects else [])
     body = []
     for result in results:
         final = [value for value in result.final_returns if value is not None]
         row = [result.name.rpartition(":")[2], result.variant, f"{np.mean(final):.2f}" if final else ""]
         row += [interval(final), f"{result.ms_per_step:.1f}", f"{result.parameters:,}", f"{result.reconstruction:.3g}"]
+        if memory:
+            row.append("" if result.memory_bytes is None else f"{result.memory_bytes / 1e6:.1f}")
         if objects:
             row += [f"{np.mean([pair[part] for pair in result.object_errors]):.4f}" for part in (0, 1)]
         body.append(row)

@@ -13,16 +13,18 @@ import jax
 import numpy as np
 
 from drama_jax import agent
+from drama_jax.behaviour import networks
 from drama_jax.config import AgentConfig, ConfigError
 from drama_jax.config import preset as atari_preset
 from drama_jax.envs.games import canonical_game
 from drama_jax.envs.jax_env import JaxEnv
-from drama_jax.training import checkpoint, in_graph, metrics_file, resume, weights
+from drama_jax.training import checkpoint, in_graph, metrics_file, programs, resume, weights
+from drama_jax.training.together import Together
 from experiments import atari100k, atari_options, jax_curves, jax_env, jax_options, sweep
 from experiments.exits import Failed
 from experiments.sweep import Settings
 
-__all__ = ["Failed", "Plan", "Result", "agent_of", "check", "object_errors", "run"]
+__all__ = ["Failed", "Plan", "Result", "agent_of", "check", "object_errors", "run", "update_memory"]
 
 _PROGRAM = "python -m experiments.ablate"
 _SHOWN = 512
@@ -43,6 +45,8 @@ class Plan:
     atari: bool
     objects: bool
     """Whether to measure the autoencoder's error on small objects."""
+    memory: bool
+    """Whether to ask the compiler what an update needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Result:
     """Mean squared error of the reconstruction, 0..1 a pixel, where something is and elsewhere; [] if not measured."""
     device: str
     commit: str | None
+    memory_bytes: int | None = None
+    """While one agent is updated, its state and replay included, by the compiled program's account."""
 
 
 def agent_of(name: str, preset: str, *, atari: bool) -> AgentConfig:
@@ -98,14 +104,20 @@ def run(plan: Plan, stop: Callable[[], bool]) -> Result | None:
       Failed: if it failed on the way.
     """
     if plan.atari:
+        varied = atari_options.parse(list(plan.arguments), _PROGRAM)[1].agent
         directories = _atari(plan)
         errors: list[tuple[float, float]] = []
     else:
         options, config, env = jax_options.parse(plan.arguments)
+        varied = config.agent
         directories = _finished(plan.name.rpartition(":")[2], options, config)
         directories = directories or jax_env.run(options, config, env, stop) or []
-        errors = [object_errors(path, config.agent, env) for path in directories] if plan.objects else []
-    return _result(plan, directories, errors) if directories else None
+        errors = [object_errors(path, varied, env) for path in directories] if plan.objects else []
+    if not directories:
+        return None
+    result = _result(plan, directories, errors)
+    memory = update_memory(varied, checkpoint.load_weights(directories[0])) if plan.memory else None
+    return dataclasses.replace(result, memory_bytes=memory)
 
 
 def _atari(plan: Plan) -> list[pathlib.Path]:
@@ -167,6 +179,12 @@ def _result(plan: Plan, directories: Sequence[pathlib.Path], errors: list[tuple[
         device=str(summaries[0].get("device", "")),
         commit=summaries[0].get("commit"),
     )
+
+
+def update_memory(config: AgentConfig, loaded: dict[str, Any]) -> int | None:
+    """What one agent's update takes of the device; None if the compiler gives no account."""
+    taken = programs.update_bytes(config, networks.actions_of(loaded["behaviour"]["params"]["actor"]), Together(1))
+    return None if taken is None else taken[1]
 
 
 def _parameters(loaded: dict[str, Any]) -> int:

@@ -65,9 +65,14 @@ def actor(config: BehaviourConfig, num_actions: ActionSpace) -> MLP:
 
 def actor_of(config: BehaviourConfig, params: Mapping[str, Any]) -> MLP:
     """The actor that these are the parameters of."""
+    return actor(config, actions_of(params))
+
+
+def actions_of(params: Mapping[str, Any]) -> ActionSpace:
+    """What an actor with these parameters chooses from: A actions, or `Continuous(A)`."""
     if is_continuous(params):
-        return actor(config, Continuous(params[GAUSSIAN]["bias"].shape[-1] // 2))
-    return actor(config, params["output"]["bias"].shape[-1])
+        return Continuous(params[GAUSSIAN]["bias"].shape[-1] // 2)
+    return int(params["output"]["bias"].shape[-1])
 
 
 def is_continuous(actor: Mapping[str, Any]) -> bool:

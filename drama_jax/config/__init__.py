@@ -15,7 +15,7 @@ from drama_jax.config.backbone import BackboneConfig, BackboneName
 from drama_jax.config.behaviour import BehaviourConfig, BehaviourName, ImaginationConfig
 from drama_jax.config.fidelity import Fidelity
 from drama_jax.config.learning import ComputeDtype, OptimizerConfig
-from drama_jax.config.presets import PRESETS, preset, with_backbone
+from drama_jax.config.presets import PRESETS, backbone_sizes, preset, with_backbone
 from drama_jax.config.replay import ReplayConfig, Sampler
 from drama_jax.config.run import (
     AnyRunConfig,
@@ -52,6 +52,7 @@ __all__ = [
     "TaskConfig",
     "TaskRunConfig",
     "WorldModelConfig",
+    "backbone_sizes",
     "preset",
     "with_backbone",
 ]

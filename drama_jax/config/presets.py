@@ -114,6 +114,16 @@ def preset(name: str, backbone: BackboneName | None = None, behaviour: Behaviour
     return config
 
 
+def backbone_sizes(name: BackboneName, width: int) -> dict[str, int]:
+    """The fields of `BackboneConfig` with which a backbone has as many parameters as `mamba2` (to 5 %).
+
+    Args:
+      name: of the backbone.
+      width: of both; empty for one whose sizes are not known.
+    """
+    return dict(_MATCHED.get(width, {}).get(name, {}))
+
+
 def with_backbone(config: RunConfig, name: BackboneName) -> RunConfig:
     """A preset with another sequence model than `mamba2`, of a size with as many parameters (to 5 %).
 
@@ -132,7 +142,7 @@ def with_backbone(config: RunConfig, name: BackboneName) -> RunConfig:
         fidelity = dataclasses.replace(fidelity, reward_follows_action=True)
         old = dataclasses.replace(old, dropout=0.1, attention_dropout=0.1)
     elif old.name == "mamba2" and old.width in _MATCHED:
-        sizes = _MATCHED[old.width].get(name, {})
+        sizes = backbone_sizes(name, old.width)
     else:
         raise ConfigError(
             f"backbone: no size of {name!r} is known for a {old.name!r} of width {old.width}; accepted: a 'mamba2' of "

@@ -13,6 +13,7 @@ import pytest
 import test_jax_command
 
 from drama_jax.config import preset
+from drama_jax.training import programs
 from experiments import ablate, ablation_report, ablation_runs
 
 # Environment, agent and steps of another test, so that both are one compilation.
@@ -66,6 +67,23 @@ def test_backbones_are_of_one_size_in_atari():
     assert flags["rwkv"] == ["--backbone", "rwkv"] and len(flags) == 5
 
 
+def test_backbones_are_of_one_size_where_sizes_are_known():
+    options = ablate.Options(what="backbone", envs=("Catch-bsuite",))
+    plans = ablate.plans_of(options, "Catch-bsuite")
+    assert all(plan.memory for plan in plans) and len(plans) == 5
+    numbers = {}
+    for plan in plans:
+        _, config, env = ablation_runs.jax_options.parse(plan.arguments)
+        assert config.agent.world_model.backbone.name == plan.variant
+        shapes = programs.shapes(config.agent, env.num_actions)
+        numbers[plan.variant] = sum(leaf.size for leaf in jax.tree.leaves(shapes.world_model.params))
+    assert max(numbers.values()) < 1.05 * numbers["mamba2"] and min(numbers.values()) > 0.95 * numbers["mamba2"]
+    other = dataclasses.replace(AGENT.world_model.backbone, width=128)
+    wider = dataclasses.replace(AGENT, world_model=dataclasses.replace(AGENT.world_model, backbone=other))
+    prefix = "--agent.world-model.backbone"
+    assert ablate.variants("backbone", wider, atari=False)["rwkv"] == [f"{prefix}.name", "rwkv"]
+
+
 def test_runs_of_the_preset_as_it_is_are_shared():
     parts: tuple[ablate.What, ...] = ("sampler", "backbone", "autoencoder")
     plans = [plan for what in parts for plan in ablate.plans_of(ablate.Options(what=what), "Catch-bsuite")]
@@ -93,6 +111,9 @@ def test_table_and_interval():
     assert lines[2] == "| Catch | DFS | 0.75 | 0.50 to 1.00 | 12.3 | 12,345 | 1.5 |"
     assert lines[3].startswith("| Catch | uniform |  |  |")
     assert ablation_report.interval([1.0]) == ""
+    lines = ablation_report.table("backbone", [result(memory_bytes=12_345_678), result(variant="gru")]).splitlines()
+    assert lines[0].endswith("| reconstruction loss | memory, MB |")
+    assert lines[2].endswith("| 1.5 | 12.3 |") and lines[3].endswith("| 1.5 |  |")
 
 
 def test_returns_by_stretch_are_means_over_seeds_of_each_eighth_of_the_steps():
@@ -151,6 +172,17 @@ def test_a_whole_ablation_leaves_data_table_and_picture(out):
     assert "| small |" in (out / "autoencoder.md").read_text()
     assert (out / "autoencoder.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(out.glob("runs/small/Short/tiny/seed*"))) == 2
+
+
+def test_memory_is_that_of_the_update_with_its_state(out):
+    _, config, env = ablation_runs.jax_options.parse(["--env", test_jax_command.NAME, *MICRO.split()])
+    shapes = programs.shapes(config.agent, env.num_actions)
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dataclasses.replace(shapes, key=None)))
+    (directory, *_) = sorted(out.glob("runs/small/Short/tiny/seed*"))
+    jax.config.update("jax_disable_most_optimizations", True)
+    found = ablation_runs.update_memory(config.agent, ablation_runs.checkpoint.load_weights(directory))
+    jax.config.update("jax_disable_most_optimizations", False)
+    assert found is not None and state < found < 50 * state
 
 
 def test_tables_and_picture_are_made_anew_from_the_data_alone(out, tmp_path, capsys):
