@@ -251,7 +251,8 @@ def to_frames(config: AutoencoderConfig, outputs: jax.Array) -> jax.Array:
 def frames_to_phases(frames: jax.Array, dtype: Dtype) -> jax.Array:
     """Frames uint8 [N, height, width, channels] to phases in 0..1 [N, h/2, w/2, 4 channels] of `dtype`."""
     checks.arrays("vae.frames_to_phases", frames=(frames, ("N", "height", "width", "channels"), "uint8"))
-    return space_to_depth(frames).astype(dtype) / 255
+    # Divided in float32: on a GPU, XLA multiplies by the reciprocal instead, which in bfloat16 is 1 / 254.
+    return (space_to_depth(frames).astype(at_least_float32(dtype)) / 255).astype(dtype)
 
 
 def encode(

@@ -105,3 +105,13 @@ def test_bfloat16_keeps_parameters_and_outputs_in_float32():
     assert embedding.dtype == jnp.bfloat16
     assert log_probs.dtype == jnp.float32
     assert frames.dtype == jnp.float32
+
+
+def test_phases_of_bfloat16_are_pixels_over_255_rounded_once():
+    """Divided in bfloat16, XLA for a GPU multiplied by a rounded reciprocal: every frame was 0.4 % too bright there."""
+    frames = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    exact = jnp.asarray(np.arange(256) / 255, jnp.bfloat16)
+    np.testing.assert_array_equal(np.sort(vae.frames_to_phases(frames, jnp.bfloat16), axis=None), exact)
+    jaxpr = jax.make_jaxpr(lambda frames: vae.frames_to_phases(frames, jnp.bfloat16))(frames)
+    (division,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "div")
+    assert division.outvars[0].aval.dtype == jnp.float32
