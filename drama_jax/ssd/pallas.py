@@ -3,9 +3,10 @@
 The kernels are in `gpu_forward` and `gpu_backward`, what they share in `places` and `decays`; none of those imports
 Pallas, and nothing here knows the scan. Whoever moves to another lowering starts in this file.
 
-Lowered through Triton: it runs from Ampere on, and its kernels serve any P, N and T. A forward kernel by Mosaic, for
-Hopper alone, is `benchmarks/ssd_mosaic.py`, with layouts by hand, and sums of dt A by a masked square, as Mosaic has no
-cumulative sum. The two have not been timed against each other yet. JAX deprecates this lowering since 0.11; `compiler_params` selects it on 0.10 and 0.11.
+Lowered through Triton: it runs from Ampere on, and its kernels take any T, P to 128 and N to 256. A forward kernel by
+Mosaic, for Hopper alone, is `benchmarks/ssd_mosaic.py`, with layouts by hand, and with sums of dt A by a masked square,
+as Mosaic has no cumulative sum. The two have not been timed against each other yet. JAX deprecates Triton's lowering
+since 0.11; `compiler_params` selects it on 0.10 and 0.11.
 
 Arrays are seen flat, and read and written by offset. A mask of None is a full one, which costs nothing.
 """
