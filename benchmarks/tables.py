@@ -256,9 +256,12 @@ def filled(name: str) -> str:
     made = function(*(result["rows"] for result in results)) if results else ""
     if made.count("\n") < 2:  # no rows
         return "Not measured yet."
-    first = results[0]
-    card = f", {first['device']}" if OTHER_CARD in paths[0].name else ""
-    return f"{made}\n\nMeasured at `{first['commit']}`{card}."
+    made_at = dict.fromkeys((result["commit"], result["device"]) for result in results)
+    if len(made_at) > 1:
+        return f"{made}\n\nMeasured at {', '.join(f'`{commit}` ({device})' for commit, device in made_at)}."
+    ((commit, device),) = made_at
+    card = f", {device}" if OTHER_CARD in paths[0].name else ""
+    return f"{made}\n\nMeasured at `{commit}`{card}."
 
 
 def rewritten(text: str) -> str:

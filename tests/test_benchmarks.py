@@ -1,5 +1,7 @@
 """What the benchmarks say about themselves: the README's tables are those of the result files, floors are counted."""
 
+import json
+
 import jax
 
 from benchmarks import floors, multi_seed, tables
@@ -12,6 +14,16 @@ def test_the_tables_of_the_readme_are_those_of_the_result_files():
     assert tables.rewritten(text) == text
     for name in tables.TABLES:
         assert f"<!-- {name} -->" in text
+
+
+def test_a_table_of_several_files_names_the_commit_of_each(monkeypatch, tmp_path):
+    for file, commit, device in (("cpu", "1111111", "cpu"), (tables.CARD, "2222222", "NVIDIA H100 80GB HBM3")):
+        row = {"env": "Catch", "preset": "tiny", "seeds": 1, "ms_per_step": 1.0, "steps_per_s": 2.0, "first_chunk_s": 3}
+        row |= {"steps_per_cpu_s": None}
+        content = {"commit": commit, "device": device, "rows": [row]}
+        (tmp_path / f"jax_env-{file}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(tables.common, "RESULTS", tmp_path)
+    assert tables.filled("jax_env").endswith("Measured at `1111111` (cpu), `2222222` (NVIDIA H100 80GB HBM3).")
 
 
 def test_a_changed_result_changes_the_table():

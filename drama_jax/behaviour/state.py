@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from drama_jax import action_space, checks, optim
-from drama_jax.action_space import ActionSpace, Continuous
+from drama_jax.action_space import ActionSpace
 from drama_jax.behaviour import gpu_actor, networks, normalisers, policies
 from drama_jax.config import BehaviourConfig, Fidelity
 from drama_jax.precision import at_least_float32, named
@@ -119,10 +119,9 @@ def action_log_probs(logits: jax.Array, actions: jax.Array, *, continuous: bool 
 
 
 def _num_actions(function: str, params: dict[str, Params]) -> ActionSpace:
-    """What the actor of these parameters chooses from; of discrete actions only that there are some."""
+    """What the actor of these parameters chooses from."""
     checks.parts(function, "state.params", params, "actor")
-    actor = params["actor"]
-    return Continuous(actor[networks.GAUSSIAN]["bias"].shape[-1] // 2) if networks.is_continuous(actor) else 1
+    return networks.actions_of(params["actor"])
 
 
 def check_rollouts(
