@@ -7,10 +7,12 @@ Tags follow cleanrl and the released Drama: `charts/episodic_return`, `charts/SP
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
@@ -58,6 +60,7 @@ def _add(sums: dict[str, jax.Array], metrics: dict[str, jax.Array]) -> dict[str,
 class Writer:
     """Writes scalars and images of one run. Use as a context manager, or call `close`.
 
+    Images may be written by another thread than scalars.
     A disk that is full stops no run: it is reported once, lines wait in memory until they can be written, and what
     TensorBoard and the images miss meanwhile stays missing.
 
@@ -80,6 +83,7 @@ class Writer:
         self._lines = (directory / metrics_file.NAME).open("ab", buffering=0)
         self._waiting = b""
         self._failing = False
+        self._lock = threading.Lock()
         self._board = Board(directory / "tensorboard", start) if config.tensorboard else None
 
     def scalars(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
@@ -105,11 +109,13 @@ class Writer:
         from PIL import Image
 
         path = self._directory / "images" / f"{tag.replace('/', '-')}-{step:07d}.png"
+        encoded = io.BytesIO()
+        Image.fromarray(image).save(encoded, "PNG")
         with self._tolerant():
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(image).save(path)
+            path.write_bytes(encoded.getvalue())
             if self._board is not None:
-                self._board.image(step, tag, image)
+                self._board.image(step, tag, encoded.getvalue(), image.shape[:2])
 
     def arrays(self, step: int, name: str, arrays: Mapping[str, np.ndarray]) -> pathlib.Path | None:
         """Writes `arrays` to <name>-<step>.npz and returns the path; None if it cannot be written."""
@@ -129,12 +135,13 @@ class Writer:
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self._failing:
-                self._failing = True
-                self._say(f"the log in {self._directory} cannot be written ({error.strerror or error}); going on")
+        with self._lock:
+            try:
+                yield
+            except OSError as error:
+                if not self._failing:
+                    self._failing = True
+                    self._say(f"the log in {self._directory} cannot be written ({error.strerror or error}); going on")
 
     def __enter__(self) -> Writer:
         return self

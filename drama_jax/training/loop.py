@@ -141,6 +141,7 @@ class _Loop:
         if self.done > first and (stopped or fault is not None):
             self.save()
         self.wait_for_checkpoints()
+        self.recorder.close()
         jax.block_until_ready(self.agents.state)
         return self.results(self.done if stopped else None, fault)
 

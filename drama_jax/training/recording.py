@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ class Recorder:
         self._progress, self._on_measured = progress, on_measured
         self._interval_start = 0.0, 0  # (seconds of the run, step) at which the metrics interval began
         self._unmeasured = 0
+        # Images take a second to encode, in which the loop would not step.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "images")
+        self._images: concurrent.futures.Future[None] | None = None
 
     def begin(self, step: int, now: LoopState) -> None:
         """The loop begins at `step`, perhaps after earlier parts of the run."""
@@ -73,9 +77,26 @@ class Recorder:
         )
         if images_due and now.fed > self._config.agent.warmup_steps:
             keys = [jax.random.fold_in(seat.image_key, steps_done) for seat in now.seats]
-            pictures = jax.device_get(self._programs.pictures(state, self._together.stack(keys)))
-            for index, writer in enumerate(self._writers):
-                images.write(writer, steps_done, *self._together.agent(pictures, index))
+            pictures = self._programs.pictures(state, self._together.stack(keys))
+            self.wait_for_images()
+            self._images = self._thread.submit(self._write_images, steps_done, pictures)
+
+    def _write_images(self, steps_done: int, pictures: Any) -> None:
+        """In a thread of its own."""
+        pictures = jax.device_get(pictures)
+        for index, writer in enumerate(self._writers):
+            images.write(writer, steps_done, *self._together.agent(pictures, index))
+
+    def wait_for_images(self) -> None:
+        """Returns when no images are being written."""
+        if self._images is not None:
+            self._images.result()
+            self._images = None
+
+    def close(self) -> None:
+        """Waits for the last images and ends their thread."""
+        self._thread.shutdown()
+        self.wait_for_images()
 
     def _metrics(self, steps_done: int, state: Any, now: LoopState) -> None:
         """One line of metrics per agent."""

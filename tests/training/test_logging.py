@@ -59,7 +59,10 @@ def test_images_are_files_and_events(tmp_path):
     with Image.open(tmp_path / "images" / "world_model-reconstruction-0000005.png") as stored:
         np.testing.assert_array_equal(np.asarray(stored), image)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Images("world_model/reconstruction")] == [5]
+    (event,) = events.Images("world_model/reconstruction")
+    assert (event.step, event.height, event.width) == (5, 4, 6)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as shown:
+        np.testing.assert_array_equal(np.asarray(shown), image)
 
 
 def test_a_strip_shows_frames_over_predictions_over_errors():

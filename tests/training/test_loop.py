@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import types
 
 import jax
@@ -23,13 +24,13 @@ FRAMES = np.zeros((1, 3, 2, 2, 1), np.uint8)
 PREDICTION = np.zeros((1, 3, 2, 2, 1), np.float32)
 
 
-def run_config(steps: int) -> RunConfig:
+def run_config(steps: int, images_every: int = 1000) -> RunConfig:
     tiny = preset("tiny")
     model = dataclasses.replace(tiny.agent.world_model, batch_size=2, batch_length=2)
     imagination = dataclasses.replace(tiny.agent.imagination, batch_size=2, context_length=2)
     agent = dataclasses.replace(tiny.agent, world_model=model, imagination=imagination, warmup_steps=WARMUP)
     logging = dataclasses.replace(
-        tiny.logging, metrics_every=5, images_every=1000, checkpoint_every=8, tensorboard=False
+        tiny.logging, metrics_every=5, images_every=images_every, checkpoint_every=8, tensorboard=False
     )
     return dataclasses.replace(tiny, agent=agent, logging=logging, steps=steps)
 
@@ -63,6 +64,7 @@ def train(
     state=None,
     snapshot=None,
     stop=lambda: False,
+    images_every=1000,
 ):
     monkeypatch.setattr(loop, "agent", AGENT)
     monkeypatch.setattr(programs, "agent", AGENT)
@@ -70,7 +72,7 @@ def train(
     with Writer(tmp_path, run_config(steps).logging) as writer:
         progress = Progress(steps, False, "training")
         return loop.train(
-            run_config(steps),
+            run_config(steps, images_every),
             env,
             init() if state is None else state,
             jax.random.key(0),
@@ -281,3 +283,32 @@ def test_an_emulator_that_fails_leaves_a_run_that_can_go_on(tmp_path, monkeypatc
     assert f"in step {done}:" in result.fault and len(checkpoints.rows) == checkpoints.snapshots[-1].end == done
     rest, _, more = continued(tmp_path, monkeypatch, checkpoints.snapshots[-1], lost=True)
     assert int(rest.state.count) == 20 and len(checkpoints.rows) + len(more.rows) == 20
+
+
+def test_the_loop_goes_on_while_images_are_written(tmp_path, monkeypatch):
+    env, played, written = ScriptedEnv([EPISODE]), threading.Event(), []
+    step = env.step
+
+    def stepping(actions):
+        if len(env.events) == 14:
+            played.set()
+        return step(actions)
+
+    def write(writer, steps_done, *pictures):
+        written.append((steps_done, played.wait(10)))
+
+    env.step = stepping
+    monkeypatch.setattr(images, "write", write)
+    train(tmp_path, monkeypatch, env, images_every=10)
+    assert written == [(10, True), (20, True)]
+
+
+def test_a_fault_while_images_are_written_is_not_lost(tmp_path, monkeypatch):
+    def write(writer, steps_done, *pictures):
+        raise ZeroDivisionError(f"in the images of step {steps_done}")
+
+    monkeypatch.setattr(images, "write", write)
+    checkpoints = ListedCheckpoints()
+    with pytest.raises(ZeroDivisionError, match="in the images of step 20"):
+        train(tmp_path, monkeypatch, ScriptedEnv([EPISODE]), checkpoints=checkpoints)
+    assert checkpoints.saved == 20
