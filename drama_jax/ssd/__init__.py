@@ -60,9 +60,10 @@ __all__ = [
     "ssd_step",
 ]
 
-FASTER: dict[str, tuple[int, int]] = {"bfloat16": (65_536, 16)}
-"""dtype of x -> the largest T and the largest N for which the kernels were measured to be faster than "chunked" on an
-H100 (T to 8,192) and an H200, forward and backward (benchmarks/README.md, SSD scan)."""
+FASTER: dict[str, tuple[tuple[int, int], ...]] = {"bfloat16": ((65_536, 16), (2_048, 128))}
+"""dtype of x -> pairs of the largest T and the largest N for which the kernels were measured to be faster than
+"chunked", forward and backward: on an H100 (T to 8,192) and an H200 for the first pair, on an H200 for the second
+(benchmarks/README.md, SSD scan)."""
 Implementation = Literal["reference", "chunked", "pallas"]
 IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 
@@ -143,8 +144,7 @@ def default_implementation(x: jax.Array, B: jax.Array) -> Implementation:
 
     The kernels where they run and `FASTER` says that they were measured to be faster; "chunked" everywhere else.
     """
-    longest, widest = FASTER.get(str(x.dtype), (0, 0))
-    measured = x.shape[1] <= longest and B.shape[3] <= widest
+    measured = any(x.shape[1] <= time and B.shape[3] <= state for time, state in FASTER.get(str(x.dtype), ()))
     return "pallas" if measured and fused.why_not(x, B, interpret=False) is None else "chunked"
 
 

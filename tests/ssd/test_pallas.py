@@ -205,12 +205,12 @@ def test_shapes_that_do_not_fit_are_refused(shape, message):
 def test_the_default_is_decided_in_one_place(monkeypatch):
     x, _, _, B, _ = small()
     assert default_implementation(x, B) == "chunked"
-    monkeypatch.setitem(ssd_module.FASTER, "float32", (x.shape[1], B.shape[3]))
+    monkeypatch.setitem(ssd_module.FASTER, "float32", ((1, 1), (x.shape[1], B.shape[3])))
     assert default_implementation(x, B) == "chunked"  # faster elsewhere, but there is no GPU here
     monkeypatch.setattr(fused, "why_not", lambda *args, **options: None)
     assert default_implementation(x, B) == "pallas"
     for wider, longer in ((1, 0), (0, 1)):
-        monkeypatch.setitem(ssd_module.FASTER, "float32", (x.shape[1] - longer, B.shape[3] - wider))
+        monkeypatch.setitem(ssd_module.FASTER, "float32", ((x.shape[1] - longer, B.shape[3] - wider),))
         assert default_implementation(x, B) == "chunked"
     assert default_implementation(x.astype(jnp.float16), B) == "chunked"
 
