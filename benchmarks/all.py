@@ -26,6 +26,7 @@ PARTS: dict[str, tuple[int, str]] = {
     "imagination": (120, "imagination"),
     "check": (120, "ssd --check --cases drama_train lm_2k --dtypes bfloat16"),
     "ssd": (420, "ssd"),
+    "conv_mosaic": (600, "conv_mosaic"),
     "mosaic": (480, "ssd_mosaic"),
     "seeds": (300, "multi_seed --presets xs"),
     "tiny": (150, "multi_seed --presets tiny"),

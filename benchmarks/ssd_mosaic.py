@@ -10,8 +10,7 @@ state, resets and strips. Needs an H100 or H200, and jax 0.11 (made with 0.11.2)
 
 Mosaic has no cumulative sum. By `sums`, XLA makes the running sums of dt A in kernels of its own before ("xla"), or
 the program does by a masked sum over a square ("inside"). Errors are largest differences over the largest value, from
-`ssd(implementation="chunked")` in float32; times as in `benchmarks.ssd`. A row is measured in a process of its own and
-under a time limit, as a kernel that faults or hangs takes its process's device with it; what went wrong is in its row.
+`ssd(implementation="chunked")` in float32; times as in `benchmarks.ssd`; a row, a process (`benchmarks.processes`).
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ import functools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +29,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks import processes
 from benchmarks import ssd as bench
 from drama_jax.ssd import fused, ssd
 
@@ -39,8 +37,6 @@ Q = 64
 """Steps of a chunk: the rows of one asynchronous product."""
 P = 64
 """The only head size."""
-LIMIT = 150
-"""Seconds for a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,23 +324,15 @@ def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
 
 def rows(cases: list[str], names: list[str], only_check: bool) -> Iterator[dict[str, Any]]:
     """One row per case and implementation, each from a new process."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
-    for case in cases:
-        for name in names:
-            found: dict[str, Any] = {"name": case, "implementation": name, "dtype": "bfloat16"}
-            command = [sys.executable, "-m", "benchmarks.ssd_mosaic", "--row", case, name, *["--check"] * only_check]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, check=False, timeout=LIMIT, env=environment
-                )
-            except subprocess.TimeoutExpired:
-                yield found | {"error": f"no result in {LIMIT} s"}
-                continue
-            if done.returncode:
-                said = done.stderr.partition("-" * 20)[0].strip()  # a remark on tracebacks
-                yield found | {"error": "\n".join(said.splitlines()[-3:])[-1000:]}
-            else:
-                yield found | json.loads(done.stdout.splitlines()[-1])
+    wanted = (
+        (
+            {"name": case, "implementation": name, "dtype": "bfloat16"},
+            ["--row", case, name, *["--check"] * only_check],
+        )
+        for case in cases
+        for name in names
+    )
+    return processes.rows("benchmarks.ssd_mosaic", wanted)
 
 
 def main() -> None:
@@ -361,7 +349,7 @@ def main() -> None:
         case, name = arguments.row
         print(json.dumps(row(case, name, arguments.check)))
         return
-    # This process only asks the device for its name; the memory is for the others.
+    # This process only asks the device for its name.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     bench.written("ssd_mosaic", rows(arguments.cases, arguments.variants, arguments.check), arguments.out)
 

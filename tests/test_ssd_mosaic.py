@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks import processes, ssd_mosaic
 from benchmarks import ssd as bench
-from benchmarks import ssd_mosaic
 from benchmarks.ssd_mosaic import VARIANTS, Variant
 from drama_jax.ssd import ssd
 from tests.tools import lower_for_cuda, quick_jit
@@ -72,7 +72,7 @@ def test_a_row_that_fails_costs_no_other(monkeypatch):
             return types.SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nValueError: too large")
         return types.SimpleNamespace(returncode=0, stdout="a line\n" + json.dumps({"forward_ms": 1.0}), stderr="")
 
-    monkeypatch.setattr(ssd_mosaic.subprocess, "run", run)
+    monkeypatch.setattr(processes.subprocess, "run", run)
     hung, broken, good = ssd_mosaic.rows(["lm_2k"], ["hangs", "breaks", "works"], False)
     assert "no result" in hung["error"]
     assert "too large" in broken["error"]
