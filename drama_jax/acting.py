@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from drama_jax import action_space, checks, world_model
 from drama_jax.action_space import Continuous
-from drama_jax.agent_state import AgentState, policy_input, sample_latent
+from drama_jax.agent_state import AgentState, sample_latent
 from drama_jax.behaviour import actor_critic, policies
-from drama_jax.latents import sample_prior
+from drama_jax.latents import sample_posterior, sample_prior
 from drama_jax.precision import at_least_float32
 
 
@@ -127,17 +127,15 @@ def act(
     posterior_key, prior_key, action_key, random_key = jax.random.split(key, 4)
     length = jnp.where(first, 0, acting.length)
     empty = length == 0
-    log_probs, remembered = _posteriors(state, acting, frames, empty)
-    latents = sample_latent(state, posterior_key, log_probs)
-    inputs = _policy_input(state, latents, acting.actions, length, prior_key)
-    logits = actor_critic.policy_logits(
-        state.config.behaviour, state.behaviour.params, state.behaviour.normaliser, inputs
-    )
+    latents, remembered = _latents(state, acting, frames, empty, posterior_key)
+    parts = _policy_input(state, latents, acting.actions, length, prior_key)
     continuous = isinstance(state.num_actions, Continuous)
+    policy = state.config.behaviour, state.behaviour.params, state.behaviour.normaliser
     if greedy:
+        logits = actor_critic.policy_logits(*policy, jnp.concatenate(parts, axis=-1))
         actions = policies.greedy(logits, continuous=continuous)
     else:
-        actions = policies.sample(action_key, logits, continuous=continuous)
+        actions = actor_critic.sample_actions(*policy, parts, action_key)
     if not state.config.fidelity.first_action_from_policy:
         random = action_space.uniform(random_key, state.num_actions, empty.shape)
         actions = jnp.where(_column(empty, actions), random, actions)
@@ -151,10 +149,10 @@ def act(
     return actions, later
 
 
-def _posteriors(
-    state: AgentState, acting: Acting | EncodedActing, frames: jax.Array, empty: jax.Array
+def _latents(
+    state: AgentState, acting: Acting | EncodedActing, frames: jax.Array, empty: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Posteriors of the context [E, context, K, C], and the context with the current frames behind it.
+    """Samples of the context's posteriors [E, context, S], and the context with the current frames behind it.
 
     The current frame borrows the newest slot of an empty context, which has no use for it.
     """
@@ -163,11 +161,11 @@ def _posteriors(
         # One encoder pass serves both cases.
         context = acting.frames.at[:, -1].set(jnp.where(_column(empty, frames), frames, acting.frames[:, -1]))
         later = jnp.concatenate([acting.frames[:, 1:], frames[:, None]], axis=1)
-        return world_model.posterior(wm, state.world_model, context), dataclasses.replace(acting, frames=later)
+        return sample_posterior(wm, state.world_model, key, context), dataclasses.replace(acting, frames=later)
     now = world_model.posterior(wm, state.world_model, frames)
     log_probs = acting.log_probs.at[:, -1].set(jnp.where(_column(empty, now), now, acting.log_probs[:, -1]))
     later = jnp.concatenate([acting.log_probs[:, 1:], now[:, None]], axis=1)
-    return log_probs, dataclasses.replace(acting, log_probs=later)
+    return sample_latent(state, key, log_probs), dataclasses.replace(acting, log_probs=later)
 
 
 def _column(flags: jax.Array, like: jax.Array) -> jax.Array:
@@ -177,8 +175,11 @@ def _column(flags: jax.Array, like: jax.Array) -> jax.Array:
 
 def _policy_input(
     state: AgentState, latents: jax.Array, actions: jax.Array, length: jax.Array, key: jax.Array
-) -> jax.Array:
-    """[E, S + D] from the last `length` entries of latents [E, context, S] and actions [E, context(, A)]."""
+) -> tuple[jax.Array, jax.Array]:
+    """z [E, S] and d [E, D] of the compute dtype.
+
+    They come from the last `length` entries of latents [E, context, S] and actions [E, context(, A)].
+    """
     wm, params = state.config.world_model, state.world_model.params
     empty, steps = length == 0, latents.shape[1]
     valid = jnp.arange(steps) >= steps - length[:, None]
@@ -189,4 +190,4 @@ def _policy_input(
     latent = sample_prior(wm, params, key, hidden)
     latent = jnp.where(empty[:, None], latents[:, -1], latent)
     hidden = jnp.where(empty[:, None], jnp.zeros_like(hidden), hidden)
-    return policy_input(state, latent, hidden)
+    return latent, hidden.astype(latent.dtype)

@@ -91,6 +91,23 @@ def test_imagination_is_the_same(inputs, request):
     np.testing.assert_allclose(actual.rewards, expected.rewards, rtol=2e-4, atol=2e-4)
 
 
+def test_acting_is_the_same(inputs, request):
+    state, batch = inputs
+    envs, context = 3, state.config.acting_context
+    rng = np.random.default_rng(1)
+    acting = agent.Acting(
+        frames=jnp.asarray(rng.integers(0, 255, (envs, context, *batch.frames.shape[2:])), jnp.uint8),
+        actions=jnp.asarray(rng.integers(0, 6, (envs, context)), jnp.int32),
+        length=jnp.asarray([0, 2, context], jnp.int32),
+    )
+    arguments = state, acting, batch.frames[:envs, 0], jax.random.key(3), jnp.zeros(envs, bool)
+    expected, _ = quick_jit(agent.act)(*arguments)
+    calls = request.getfixturevalue("kernels")
+    actual, _ = quick_jit(lambda *arguments: agent.act(*arguments))(*arguments)
+    assert calls == {"sample_latent": 2, "choose_actions": 1}
+    np.testing.assert_array_equal(actual, expected)
+
+
 def test_without_a_promise_of_one_hot_latents_the_kernels_do_not_serve(inputs, kernels):
     state, _ = inputs
     wm = state.config.world_model

@@ -64,16 +64,17 @@ def choose_actions(
     batch, dtype = parts[0].shape[0], parts[0].dtype
     units, actions = params["output"]["kernel"].shape
     layers = sum(name.startswith("hidden_") for name in params)
-    padded = max(_ACTIONS, pl.next_power_of_2(actions))
     inputs = normalise(normaliser, jnp.concatenate(list(parts), axis=-1)).astype(dtype)
     operands = [jax.random.key_data(key), jnp.matmul(inputs, params["hidden_0"]["kernel"].astype(dtype))]
     for i in range(layers):
         dense = params[f"hidden_{i}"]
         operands += [dense["kernel"].astype(dtype)] if i else []
-        operands += [dense["bias"].astype(dtype), params[f"norm_{i}"]["scale"]]
-    missing = (0, padded - actions)
-    operands.append(jnp.pad(params["output"]["kernel"].astype(dtype), ((0, 0), missing)))
-    operands.append(jnp.pad(params["output"]["bias"].astype(dtype), missing))
+        operands += [dense["bias"], params[f"norm_{i}"]["scale"]]
+    # What a single program reads, it may as well round and pad itself; a hidden layer in float32 would not fit.
+    alone = batch <= _ROWS
+    missing = 0 if alone else _columns(actions) - actions
+    output = params["output"]["kernel"] if alone else params["output"]["kernel"].astype(dtype)
+    operands += [jnp.pad(output, ((0, 0), (0, missing))), jnp.pad(params["output"]["bias"], (0, missing))]
     wide = params["norm_0"]["scale"].dtype
     return pl.pallas_call(
         functools.partial(_program, batch=batch, layers=layers, units=units, actions=actions, wide=wide),
@@ -87,7 +88,7 @@ def choose_actions(
 
 def _program(*refs: Any, batch: int, layers: int, units: int, actions: int, wide: Any) -> None:
     key_ref, product_ref, *layer_refs, output_ref, output_bias_ref, action_ref = refs
-    dtype = output_ref.dtype
+    dtype = product_ref.dtype
     row = pl.program_id(0) * _ROWS + jnp.arange(_ROWS)
     unit = jnp.arange(units)
     mask = jnp.broadcast_to((row < batch)[:, None], (_ROWS, units))
@@ -96,24 +97,32 @@ def _program(*refs: Any, batch: int, layers: int, units: int, actions: int, wide
         *kernel_ref, bias_ref, norm_ref = layer_refs[max(0, 3 * i - 1) : 3 * i + 2]
         if i:
             x = _dot(x, pltriton.load(kernel_ref[0].at[unit[:, None] * units + unit[None, :]]))
-        x = _biased(x, bias_ref, unit, dtype, wide)
+        x = _biased(x, pltriton.load(bias_ref.at[unit]), dtype, wide)
         inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / units + EPSILON)
         x = x * (inverse[:, None] * pltriton.load(norm_ref.at[unit])[None, :])
         x = (x / (1.0 + jnp.exp(-x))).astype(dtype)
-    action = jnp.arange(output_bias_ref.shape[0])
-    x = _dot(x, pltriton.load(output_ref.at[unit[:, None] * action.shape[0] + action[None, :]]))
-    scores = _biased(x, output_bias_ref, action, dtype, wide) + gumbel(
-        key_ref, row[:, None] * actions + action[None, :]
-    )
-    scores = jnp.where((action < actions)[None, :], scores, -jnp.inf)
+    action, stored = jnp.arange(_columns(actions)), output_bias_ref.shape[0]
+    place, within = unit[:, None] * stored + action[None, :], action < actions
+    if stored == action.shape[0]:
+        output, bias = pltriton.load(output_ref.at[place]), pltriton.load(output_bias_ref.at[action])
+    else:
+        mask = jnp.broadcast_to(within[None, :], place.shape)
+        output = pltriton.load(output_ref.at[place], mask=mask, other=0.0)
+        bias = pltriton.load(output_bias_ref.at[action], mask=within, other=0.0)
+    x = _dot(x, output.astype(dtype))
+    scores = _biased(x, bias, dtype, wide) + gumbel(key_ref, row[:, None] * actions + action[None, :])
+    scores = jnp.where(within[None, :], scores, -jnp.inf)
     pltriton.store(action_ref.at[row], jnp.argmax(scores, axis=1).astype(jnp.int32), mask=row < batch)
 
 
-def _biased(x: jax.Array, bias_ref: Any, at: jax.Array, dtype: Any, wide: Any) -> jax.Array:
+def _columns(actions: int) -> int:
+    return max(_ACTIONS, pl.next_power_of_2(actions))
+
+
+def _biased(x: jax.Array, bias: jax.Array, dtype: Any, wide: Any) -> jax.Array:
     """x + bias, rounded as by a dense layer of the compute dtype."""
-    return (
-        (x.astype(dtype).astype(wide) + pltriton.load(bias_ref.at[at]).astype(wide)[None, :]).astype(dtype).astype(wide)
-    )
+    rounded = x.astype(dtype).astype(wide) + bias.astype(dtype).astype(wide)[None, :]
+    return rounded.astype(dtype).astype(wide)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -5,7 +5,8 @@ kernel, `nn.gpu_convolution_gradient`, is:
 
 * `_walk` keeps the whole kernel in shared memory and walks down the rows of a few images. Each input row is loaded
   once per column offset and enters three output rows, whose accumulators move along. For few channels.
-* `_block` holds `ROWS_HELD` output rows at once and loops over column offsets and channels. For more channels.
+* `_block` holds `ROWS_HELD` output rows at once and loops over column offsets and channels. For more channels. Of a few
+  images, as in acting, it holds a single row of fewer cells, so that more multiprocessors have something to do.
 
 In evaluation mode batch normalisation is folded into kernel and bias, so that an encoder layer is a convolution with
 an elementwise end, which `conv3x3` fuses, together with the layout that the next layer reads.
@@ -32,6 +33,8 @@ from drama_jax.nn.gpu_cells import FULL, POSITIONS, STAGES, Cells, divide, dot, 
 ROWS_HELD = 4
 DEPTH = 32
 """Channels that `_block` takes at a time."""
+FEW, FEW_POSITIONS, FEW_DEPTH = 132, 16, 64
+"""Programs that leave multiprocessors of an H100 idle, and how `_block` is cut instead."""
 
 
 def available() -> bool:
@@ -167,14 +170,17 @@ def _walk_program(
 def _block(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, end: End, to_phases: bool, interpret: bool, name: str
 ) -> jax.Array:
-    """All images, `ROWS_HELD` rows at a time; flat output."""
+    """All images, some rows at a time; flat output."""
     images, height, width, channels = x.shape
-    depth = DEPTH if channels % DEPTH == 0 else 16
+    held, positions, depth = ROWS_HELD, POSITIONS, DEPTH
+    if pl.cdiv(images, positions // width) * (height // held) < FEW:
+        held, positions, depth = 1, max(FEW_POSITIONS, width), FEW_DEPTH
+    depth = next(size for size in (depth, DEPTH, 16) if channels % size == 0)
     weights, bias = _pad_out(kernel.reshape(-1, kernel.shape[-1]), bias)
-    cells = Cells(x.shape, kernel.shape[-1], POSITIONS, to_phases)
+    cells = Cells(x.shape, kernel.shape[-1], positions, to_phases)
     return launch(
-        functools.partial(_block_program, cells=cells, depth=depth, end=end),
-        (pl.cdiv(images, POSITIONS // width) * (height // ROWS_HELD),),
+        functools.partial(_block_program, cells=cells, held=held, depth=depth, end=end),
+        (pl.cdiv(images, positions // width) * (height // held),),
         jax.ShapeDtypeStruct((x.size // channels * kernel.shape[-1],), x.dtype),
         (x, weights, bias),
         name=name,
@@ -183,11 +189,11 @@ def _block(
 
 
 def _block_program(
-    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: Cells, depth: int, end: End
+    x_ref: Any, weight_ref: Any, bias_ref: Any, out_ref: Any, *, cells: Cells, held: int, depth: int, end: End
 ) -> None:
     channels, padded = cells.channels, weight_ref.shape[-1]
-    group, strip = divide(pl.program_id(0), cells.height // ROWS_HELD)
-    top = strip * ROWS_HELD
+    group, strip = divide(pl.program_id(0), cells.height // held)
+    top = strip * held
     image, column = cells.place(group)
     entry = jnp.arange(depth)
 
@@ -195,8 +201,8 @@ def _block_program(
         dx, block = divide(k, channels // depth)
         taps = [weight_ref[pl.ds((3 * dy + dx) * channels + block * depth, depth), :] for dy in range(3)]
         start = ((image * cells.height + top) * cells.width + column + dx - 1) * channels + block * depth
-        held = list(sums)
-        for j in range(ROWS_HELD + 2):
+        rows = list(sums)
+        for j in range(held + 2):
             inside = cells.inside(image, top + j - 1, column + dx - 1)
             tile = pltriton.load(
                 x_ref.at[(start + (j - 1) * cells.width * channels)[:, None] + entry[None, :]],
@@ -204,12 +210,12 @@ def _block_program(
                 other=0.0,
             )
             for dy in range(3):
-                if 0 <= j - dy < ROWS_HELD:
-                    held[j - dy] = held[j - dy] + dot(tile, taps[dy])
-        return tuple(held)
+                if 0 <= j - dy < held:
+                    rows[j - dy] = rows[j - dy] + dot(tile, taps[dy])
+        return tuple(rows)
 
     zeros = jnp.zeros((column.shape[0], padded), jnp.float32)
-    sums = jax.lax.fori_loop(0, 3 * (channels // depth), step, (zeros,) * ROWS_HELD)
+    sums = jax.lax.fori_loop(0, 3 * (channels // depth), step, (zeros,) * held)
     for j, total in enumerate(sums):
         cells.store(out_ref, end(total + bias_ref[:][None, :]), image, top + j, column, True)
 

@@ -41,11 +41,15 @@ def plain(key, parts, normaliser, params):
 kernel = quick_jit(functools.partial(gpu_actor.choose_actions, interpret=True))
 
 
+@pytest.mark.parametrize("rows", [B, 3], ids=["many", "few"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_actions_are_those_of_the_network(actor, dtype):
-    parts = features(2, dtype)
-    chosen = kernel(KEY, parts, *actor)
-    np.testing.assert_array_equal(chosen, plain(KEY, parts, *actor))
+def test_actions_are_those_of_the_network(actor, dtype, rows):
+    parts = [part[:rows] for part in features(2, dtype)]
+    keys = jax.random.split(KEY, 40)
+    chosen = np.array([kernel(key, parts, *actor) for key in keys])
+    others = chosen != np.array([plain(key, parts, *actor) for key in keys])
+    # In bfloat16 sums of another order decide between scores that are all but equal: 1 in 640 here.
+    assert others.mean() <= (0 if dtype == jnp.float32 else 0.01)
     assert chosen.dtype == jnp.int32 and len(np.unique(chosen)) > 2
 
 
@@ -78,9 +82,10 @@ def test_serves_what_it_was_made_for(monkeypatch, sizes, units, dtype, serves):
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
-def test_lowers_for_cuda(actor):
+@pytest.mark.parametrize("rows", [B, 1], ids=["many", "one"])
+def test_lowers_for_cuda(actor, rows):
     normaliser, params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), actor)
-    parts = [jax.ShapeDtypeStruct((B, size), jnp.bfloat16) for size in (S, D)]
+    parts = [jax.ShapeDtypeStruct((rows, size), jnp.bfloat16) for size in (S, D)]
     text = lower_for_cuda(lambda *arguments: gpu_actor.choose_actions(KEY, *arguments), parts, normaliser, params)
     assert "triton" in text
 

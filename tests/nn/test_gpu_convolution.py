@@ -22,6 +22,7 @@ SHAPES = [
     (3, 4, 4, 128, 48),
     (2, 8, 2, 80, 16),
 ]
+BLOCKS = [shape for shape in SHAPES if shape[3] > 64]
 
 
 def inputs(shape, dtype=jnp.float32):
@@ -40,6 +41,15 @@ def test_interpreted_equals_xla(shape, to_phases):
     expected = nn.space_to_depth(expected) if to_phases else expected
     actual = gpu_conv3x3(x, kernel, bias, silu=True, to_phases=to_phases, interpret=True)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to_phases", [False, True])
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_of_many_images_it_is_the_same(shape, to_phases, monkeypatch):
+    few = gpu_conv3x3(*inputs(shape), silu=True, to_phases=to_phases, interpret=True)
+    monkeypatch.setattr(gpu_convolution, "FEW", 0)
+    many = gpu_conv3x3(*inputs(shape), silu=True, to_phases=to_phases, interpret=True)
+    np.testing.assert_allclose(many, few, rtol=1e-5, atol=1e-5)
 
 
 def test_without_bias_and_silu_it_is_the_convolution():
@@ -73,7 +83,9 @@ def test_other_shapes_are_refused(shape):
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
-@pytest.mark.parametrize("shape", [(16, 32, 32, 16, 64), (8, 32, 32, 64, 32), (8, 16, 16, 128, 48)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(16, 32, 32, 16, 64), (8, 32, 32, 64, 32), (8, 16, 16, 128, 48), (512, 16, 16, 128, 48)], ids=str
+)
 def test_lowers_for_cuda(shape):
     x, kernel, bias = inputs(shape, jnp.bfloat16)
     assert "triton" in lower_for_cuda(lambda *args: gpu_conv3x3(*args, silu=True, to_phases=True), x, kernel, bias)
