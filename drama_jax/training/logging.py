@@ -83,7 +83,7 @@ class Writer:
         self._lines = (directory / metrics_file.NAME).open("ab", buffering=0)
         self._waiting = b""
         self._failing = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the board
         self._board = Board(directory / "tensorboard", start) if config.tensorboard else None
 
     def scalars(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
@@ -101,7 +101,8 @@ class Writer:
             while self._waiting:
                 self._waiting = self._waiting[self._lines.write(self._waiting) :]
             if self._board is not None:
-                self._board.scalars(step, values)
+                with self._lock:
+                    self._board.scalars(step, values)
             self._failing = False
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
@@ -113,9 +114,10 @@ class Writer:
         Image.fromarray(image).save(encoded, "PNG")
         with self._tolerant():
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(encoded.getvalue())
+            files.write(path, encoded.getvalue())
             if self._board is not None:
-                self._board.image(step, tag, encoded.getvalue(), image.shape[:2])
+                with self._lock:
+                    self._board.image(step, tag, encoded.getvalue(), image.shape[:2])
 
     def arrays(self, step: int, name: str, arrays: Mapping[str, np.ndarray]) -> pathlib.Path | None:
         """Writes `arrays` to <name>-<step>.npz and returns the path; None if it cannot be written."""
@@ -135,13 +137,12 @@ class Writer:
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
-        with self._lock:
-            try:
-                yield
-            except OSError as error:
-                if not self._failing:
-                    self._failing = True
-                    self._say(f"the log in {self._directory} cannot be written ({error.strerror or error}); going on")
+        try:
+            yield
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                self._say(f"the log in {self._directory} cannot be written ({error.strerror or error}); going on")
 
     def __enter__(self) -> Writer:
         return self
