@@ -5,9 +5,9 @@
 
 What `nn.gpu_convolution.conv3x3` computes, cut otherwise. The rows of a product are 64 images at one cell, so that no
 tap crosses the edge of a tile: the tile of a neighbouring cell is another place in memory, and outside the image TMA
-fills in zeros. A program has 64 images and a strip of output rows, one for each warpgroup; it walks over the columns,
-and each input tile, loaded once, serves the output rows around it and, by weights side by side, three output columns at
-once, whose sums move along. Needs an H100 or H200, and jax 0.11 (made with 0.11.2).
+fills in zeros. A program has 64 images and a strip of output rows, a warpgroup or two for each; it walks over the
+columns, and each input tile, loaded once, serves the output rows around it and, by weights side by side, three output
+columns at once, whose sums move along. Needs an H100 or H200, and jax 0.11 (made with 0.11.2).
 
 Errors are largest differences over the largest value, from XLA in float32; a row, a process (`benchmarks.processes`).
 Notation as in `nn.gpu_convolution`: N images, h x w cells, I and O channels.
