@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -80,3 +80,12 @@ def write_result(
     if show:
         print(json.dumps(result, indent=1))
     return result
+
+
+def write_rows(benchmark: str, rows: Iterable[dict[str, Any]], directory: pathlib.Path | None) -> None:
+    """Prints each row when it is there and writes the file anew, so that a run that is cut short loses none."""
+    kept = []
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        kept.append(row)
+        write_result(benchmark, kept, directory, show=False)

@@ -15,13 +15,8 @@ Notation as in `nn.gpu_convolution`: N images, h x w cells, I and O channels.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
-import os
-import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,7 +25,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks import common, floors, processes
-from benchmarks import ssd as bench
 from benchmarks.autoencoder import inputs, plain
 from drama_jax import nn
 from drama_jax.nn import gpu_convolution
@@ -268,32 +262,9 @@ def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
     return found if only_check else found | {"ms": common.queued_ms(run)}
 
 
-def rows(cases: list[str], names: list[str], only_check: bool) -> Iterator[dict[str, Any]]:
-    """One row per case and implementation, each from a new process."""
-    wanted = (
-        ({"name": case, "implementation": name}, ["--row", case, name, *["--check"] * only_check])
-        for case in cases
-        for name in names
-    )
-    return processes.rows("benchmarks.conv_mosaic", wanted)
-
-
 def main() -> None:
     """Command line."""
-    every = ["xla", "triton", *CUTS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[*CASES], default=[*CASES])
-    parser.add_argument("--cuts", nargs="+", choices=every, default=every)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--row", nargs=2, help="a case and an implementation, in this process")
-    parser.add_argument("--out", type=pathlib.Path, default=None)
-    arguments = parser.parse_args()
-    if arguments.row is not None:
-        case, name = arguments.row
-        print(json.dumps(row(case, name, arguments.check)))
-        return
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process only asks the device for its name
-    bench.written("conv_mosaic", rows(arguments.cases, arguments.cuts, arguments.check), arguments.out)
+    processes.main("conv_mosaic", __doc__, row, list(CASES), ["xla", "triton", *CUTS])
 
 
 if __name__ == "__main__":

@@ -277,24 +277,15 @@ def main() -> None:
         names = arguments.cases if set(arguments.cases) != set(CASES) else None
         raise SystemExit(ssd_check.check(arguments.out, names, arguments.dtypes))
     elif arguments.accuracy:
-        written("ssd_accuracy", ssd_check.accuracy_rows(), arguments.out)
+        common.write_rows("ssd_accuracy", ssd_check.accuracy_rows(), arguments.out)
     elif arguments.tune:
-        written("ssd_tune", tune_rows(cases, arguments.dtypes), arguments.out)
+        common.write_rows("ssd_tune", tune_rows(cases, arguments.dtypes), arguments.out)
     else:
         rows = case_rows(cases, arguments.dtypes, arguments.links)
         if arguments.lengths:
             tiny = set(cases) <= set(TINY)
             rows = itertools.chain(rows, sweep_rows(TINY["tiny"] if tiny else CASES["drama_8k"], arguments.lengths))
-        written("ssd", rows, arguments.out)
-
-
-def written(benchmark: str, rows: Iterator[dict[str, Any]], directory: pathlib.Path | None) -> None:
-    """Prints each row when it is there and writes the file anew, so that a run that is cut short loses none."""
-    kept = []
-    for row in rows:
-        print(json.dumps(row), flush=True)
-        kept.append(row)
-        common.write_result(benchmark, kept, directory, show=False)
+        common.write_rows("ssd", rows, arguments.out)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,8 @@ the program does by a masked sum over a square ("inside"). Errors are largest di
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
-import os
-import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -322,36 +317,11 @@ def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
     return found
 
 
-def rows(cases: list[str], names: list[str], only_check: bool) -> Iterator[dict[str, Any]]:
-    """One row per case and implementation, each from a new process."""
-    wanted = (
-        (
-            {"name": case, "implementation": name, "dtype": "bfloat16"},
-            ["--row", case, name, *["--check"] * only_check],
-        )
-        for case in cases
-        for name in names
-    )
-    return processes.rows("benchmarks.ssd_mosaic", wanted)
-
-
 def main() -> None:
     """Command line."""
-    every = ["pallas", "pallas_walk", *VARIANTS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[*bench.CASES], default=["drama_train", "drama_1k", "lm_2k"])
-    parser.add_argument("--variants", nargs="+", choices=every, default=every)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--row", nargs=2, help="a case and an implementation, in this process")
-    parser.add_argument("--out", type=pathlib.Path, default=None)
-    arguments = parser.parse_args()
-    if arguments.row is not None:
-        case, name = arguments.row
-        print(json.dumps(row(case, name, arguments.check)))
-        return
-    # This process only asks the device for its name.
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    bench.written("ssd_mosaic", rows(arguments.cases, arguments.variants, arguments.check), arguments.out)
+    default = ["drama_train", "drama_1k", "lm_2k"]
+    implementations = ["pallas", "pallas_walk", *VARIANTS]
+    processes.main("ssd_mosaic", __doc__, row, list(bench.CASES), implementations, default=default)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_a_row_that_fails_costs_no_other(monkeypatch):
         return types.SimpleNamespace(returncode=0, stdout="a line\n" + json.dumps({"forward_ms": 1.0}), stderr="")
 
     monkeypatch.setattr(processes.subprocess, "run", run)
-    hung, broken, good = ssd_mosaic.rows(["lm_2k"], ["hangs", "breaks", "works"], False)
+    hung, broken, good = processes.rows("ssd_mosaic", ["lm_2k"], ["hangs", "breaks", "works"], False)
     assert "no result" in hung["error"]
     assert "too large" in broken["error"]
     assert good["forward_ms"] == 1.0
