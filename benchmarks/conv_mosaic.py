@@ -151,7 +151,10 @@ def _output(shape: tuple[int, ...]) -> Any:
 def _program(
     x: Any, weights: Any, bias: Any, y: Any, smem: Any, *, height: int, width: int, above: int, ends: bool, cut: Cut
 ) -> None:
-    """64 images and a strip of rows, all columns. x is [N, (row, column, block), channel], y is written."""
+    """64 images and a strip of rows, all columns.
+
+    x is [N, (row, column, block), channel] and lacks `above` rows of zeros over each image; y is written.
+    """
     me, program = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("program")
     mine, part = _divide(me, cut.parts)  # row and channels, of the program's
     group, strip = _divide(program, height // cut.rows)

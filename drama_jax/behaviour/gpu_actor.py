@@ -70,11 +70,9 @@ def choose_actions(
         dense = params[f"hidden_{i}"]
         operands += [dense["kernel"].astype(dtype)] if i else []
         operands += [dense["bias"], params[f"norm_{i}"]["scale"]]
-    # What a single program reads, it may as well round and pad itself; a hidden layer in float32 would not fit.
-    alone = batch <= _ROWS
-    missing = 0 if alone else _columns(actions) - actions
-    output = params["output"]["kernel"] if alone else params["output"]["kernel"].astype(dtype)
-    operands += [jnp.pad(output, ((0, 0), (0, missing))), jnp.pad(params["output"]["bias"], (0, missing))]
+    missing = (0, max(_ACTIONS, pl.next_power_of_2(actions)) - actions)
+    operands.append(jnp.pad(params["output"]["kernel"].astype(dtype), ((0, 0), missing)))
+    operands.append(jnp.pad(params["output"]["bias"], missing))
     wide = params["norm_0"]["scale"].dtype
     return pl.pallas_call(
         functools.partial(_program, batch=batch, layers=layers, units=units, actions=actions, wide=wide),
@@ -101,22 +99,13 @@ def _program(*refs: Any, batch: int, layers: int, units: int, actions: int, wide
         inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / units + EPSILON)
         x = x * (inverse[:, None] * pltriton.load(norm_ref.at[unit])[None, :])
         x = (x / (1.0 + jnp.exp(-x))).astype(dtype)
-    action, stored = jnp.arange(_columns(actions)), output_bias_ref.shape[0]
-    place, within = unit[:, None] * stored + action[None, :], action < actions
-    if stored == action.shape[0]:
-        output, bias = pltriton.load(output_ref.at[place]), pltriton.load(output_bias_ref.at[action])
-    else:
-        mask = jnp.broadcast_to(within[None, :], place.shape)
-        output = pltriton.load(output_ref.at[place], mask=mask, other=0.0)
-        bias = pltriton.load(output_bias_ref.at[action], mask=within, other=0.0)
-    x = _dot(x, output.astype(dtype))
-    scores = _biased(x, bias, dtype, wide) + gumbel(key_ref, row[:, None] * actions + action[None, :])
-    scores = jnp.where(within[None, :], scores, -jnp.inf)
+    action = jnp.arange(output_bias_ref.shape[0])
+    x = _dot(x, pltriton.load(output_ref.at[unit[:, None] * action.shape[0] + action[None, :]]))
+    scores = _biased(x, pltriton.load(output_bias_ref.at[action]), dtype, wide) + gumbel(
+        key_ref, row[:, None] * actions + action[None, :]
+    )
+    scores = jnp.where((action < actions)[None, :], scores, -jnp.inf)
     pltriton.store(action_ref.at[row], jnp.argmax(scores, axis=1).astype(jnp.int32), mask=row < batch)
-
-
-def _columns(actions: int) -> int:
-    return max(_ACTIONS, pl.next_power_of_2(actions))
 
 
 def _biased(x: jax.Array, bias: jax.Array, dtype: Any, wide: Any) -> jax.Array:

@@ -33,8 +33,8 @@ from drama_jax.nn.gpu_cells import FULL, POSITIONS, STAGES, Cells, divide, dot, 
 ROWS_HELD = 4
 DEPTH = 32
 """Channels that `_block` takes at a time."""
-FEW, FEW_POSITIONS, FEW_DEPTH = 132, 16, 64
-"""Programs that leave multiprocessors of an H100 idle, and how `_block` is cut instead."""
+FEW, FEW_POSITIONS, FEW_DEPTH = FULL // 2, 16, 64
+"""Fewer programs leave multiprocessors idle; `_block` then takes so many cells and channels at a time."""
 
 
 def available() -> bool:

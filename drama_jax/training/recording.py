@@ -78,7 +78,7 @@ class Recorder:
         if images_due and now.fed > self._config.agent.warmup_steps:
             keys = [jax.random.fold_in(seat.image_key, steps_done) for seat in now.seats]
             pictures = self._programs.pictures(state, self._together.stack(keys))
-            self.wait_for_images()
+            self._wait_for_images()
             self._images = self._thread.submit(self._write_images, steps_done, pictures)
 
     def _write_images(self, steps_done: int, pictures: Any) -> None:
@@ -87,7 +87,7 @@ class Recorder:
         for index, writer in enumerate(self._writers):
             images.write(writer, steps_done, *self._together.agent(pictures, index))
 
-    def wait_for_images(self) -> None:
+    def _wait_for_images(self) -> None:
         """Returns when no images are being written."""
         if self._images is not None:
             self._images.result()
@@ -96,7 +96,7 @@ class Recorder:
     def close(self) -> None:
         """Waits for the last images and ends their thread."""
         self._thread.shutdown()
-        self.wait_for_images()
+        self._wait_for_images()
 
     def _metrics(self, steps_done: int, state: Any, now: LoopState) -> None:
         """One line of metrics per agent."""

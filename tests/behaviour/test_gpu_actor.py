@@ -41,16 +41,19 @@ def plain(key, parts, normaliser, params):
 kernel = quick_jit(functools.partial(gpu_actor.choose_actions, interpret=True))
 
 
-@pytest.mark.parametrize("rows", [B, 3], ids=["many", "few"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_actions_are_those_of_the_network(actor, dtype, rows):
-    parts = [part[:rows] for part in features(2, dtype)]
-    keys = jax.random.split(KEY, 40)
-    chosen = np.array([kernel(key, parts, *actor) for key in keys])
-    others = chosen != np.array([plain(key, parts, *actor) for key in keys])
-    # In bfloat16 sums of another order decide between scores that are all but equal: 1 in 640 here.
-    assert others.mean() <= (0 if dtype == jnp.float32 else 0.01)
+def test_actions_are_those_of_the_network(actor, dtype):
+    parts = features(2, dtype)
+    chosen = kernel(KEY, parts, *actor)
+    np.testing.assert_array_equal(chosen, plain(KEY, parts, *actor))
     assert chosen.dtype == jnp.int32 and len(np.unique(chosen)) > 2
+
+
+def test_a_row_on_its_own_has_the_network_s_actions(actor):
+    parts = [part[:1] for part in features(2)]
+    keys = jax.random.split(KEY, 40)
+    chosen = [int(kernel(key, parts, *actor)[0]) for key in keys]
+    assert chosen == [int(plain(key, parts, *actor)[0]) for key in keys] and len(set(chosen)) > 2
 
 
 def test_vmap_over_seeds_equals_a_loop(actor):
