@@ -28,6 +28,7 @@ from benchmarks import common, floors, processes
 from benchmarks.autoencoder import inputs, plain
 from drama_jax import nn
 from drama_jax.nn import gpu_convolution
+from drama_jax.nn.gpu_cells import divide
 
 M = 64
 """Images of a tile: the rows of one asynchronous product."""
@@ -156,15 +157,15 @@ def _program(
     x is [N, (row, column, block), channel] and lacks `above` rows of zeros over each image; y is written.
     """
     me, program = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("program")
-    mine, part = _divide(me, cut.parts)  # row and channels, of the program's
-    group, strip = _divide(program, height // cut.rows)
+    mine, part = divide(me, cut.parts)  # row and channels, of the program's
+    group, strip = divide(program, height // cut.rows)
     row, images = strip * cut.rows + mine, pl.ds(group * M, M)
     blocks, out = weights.shape[0] // (3 * cut.parts), weights.shape[1] // 3  # output channels of this warpgroup
     total = width * blocks
 
     def fetch(t: Any) -> None:
         """Starts the copies for column and block number t."""
-        slot = _divide(t, cut.stages)[1]
+        slot = divide(t, cut.stages)[1]
         for j in range(cut.rows + 2):
             place = (strip * cut.rows + j - above) * total + t
             plgpu.copy_gmem_to_smem(x.at[images, place], smem["x"].at[slot, j], smem["ready"].at[slot])
@@ -174,10 +175,10 @@ def _program(
 
         @pl.when((me == 0) & (t >= cut.behind) & (t - cut.behind + cut.stages < total))
         def _() -> None:
-            plgpu.barrier_wait(smem["done"].at[_divide(t - cut.behind + cut.stages, cut.stages)[1]])
+            plgpu.barrier_wait(smem["done"].at[divide(t - cut.behind + cut.stages, cut.stages)[1]])
             fetch(t - cut.behind + cut.stages)
 
-        slot = _divide(t, cut.stages)[1]
+        slot = divide(t, cut.stages)[1]
         plgpu.barrier_wait(smem["ready"].at[slot])
         for dy in range(3):
             taps = smem["weights"].at[(dy * blocks + block) * cut.parts + part]
@@ -196,9 +197,9 @@ def _program(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the column before
         smem["y"][me] = sums.astype(y.dtype)
         plgpu.commit_smem()
-        cell, phase = row * width + column, 0
+        cell, phase = row * width + column, jnp.int32(0)
         if ends:
-            (cell_row, phase_row), (cell_column, phase_column) = _divide(row, 2), _divide(column, 2)
+            (cell_row, phase_row), (cell_column, phase_column) = divide(row, 2), divide(column, 2)
             cell, phase = cell_row * (width // 2) + cell_column, 2 * phase_row + phase_column
         plgpu.copy_smem_to_gmem(smem["y"].at[me], y.at[images, cell, pl.ds((phase * cut.parts + part) * out, out)])
 
@@ -231,11 +232,6 @@ def _program(
     last, _ = jax.lax.fori_loop(0, width, step, (zeros, zeros))
     store(last, jnp.int32(width - 1))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _divide(x: Any, divisor: int) -> tuple[Any, Any]:
-    """Quotient and remainder of non-negative numbers."""
-    return jax.lax.div(x, jnp.int32(divisor)), jax.lax.rem(x, jnp.int32(divisor))
 
 
 def reference(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, ends: bool) -> jax.Array:
