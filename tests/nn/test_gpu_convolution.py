@@ -1,4 +1,4 @@
-"""The GPU convolutions: interpreted against XLA, and their lowering for CUDA."""
+"""The GPU convolutions by Triton: interpreted against XLA, and their lowering for CUDA."""
 
 import types
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from drama_jax import nn
-from drama_jax.nn import gpu_convolution
+from drama_jax.nn import gpu_convolution, gpu_convolution_triton
 from drama_jax.nn.convolution import conv3x3
-from drama_jax.nn.gpu_convolution import conv3x3 as gpu_conv3x3
 from drama_jax.nn.gpu_convolution_gradient import kernel_gradient
+from drama_jax.nn.gpu_convolution_triton import conv3x3 as gpu_conv3x3
 from tests.tools import lower_for_cuda
 
 SHAPES = [
@@ -47,7 +47,7 @@ def test_interpreted_equals_xla(shape, to_phases):
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 def test_of_many_images_it_is_the_same(shape, to_phases, monkeypatch):
     few = gpu_conv3x3(*inputs(shape), silu=True, to_phases=to_phases, interpret=True)
-    monkeypatch.setattr(gpu_convolution, "FEW", 0)
+    monkeypatch.setattr(gpu_convolution_triton, "FEW", 0)
     many = gpu_conv3x3(*inputs(shape), silu=True, to_phases=to_phases, interpret=True)
     np.testing.assert_allclose(many, few, rtol=1e-5, atol=1e-5)
 
