@@ -95,11 +95,20 @@ def parts(rows: Rows) -> str:
 
 def loops(*files: Rows) -> str:
     """The real loop, with a cold and a warm compilation cache."""
-    head = ["compilation cache", "first updates after, s", "step, ms", "steps/s", "emulator", "device memory, GB"]
+    head = [
+        "compilation cache",
+        "first updates after, s",
+        "of it making programs, s",
+        "step, ms",
+        "steps/s",
+        "emulator",
+        "device memory, GB",
+    ]
     body = [
         [
             row["name"].rpartition("_")[2],
             number(row["first_update_s"], 0),
+            number(row.get("made_s"), 0),
             number(row["ms_per_step"], 1),
             number(row["steps_per_s"], 1),
             f"{row['emulator_share']:.0%}",

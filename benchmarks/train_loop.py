@@ -4,9 +4,9 @@
 
 Runs `training.loop.train` as `experiments.atari100k` does, logging and checkpoints included, for `--steps` updates.
 Rows: `first_update_s` from the start to the end of the first updates, the warm-up steps included (run it twice with
-`JAX_COMPILATION_CACHE_DIR` set for the time with a warm cache); the median step; the share of the wall clock in
-which the emulator plays, and that in which the device is idle, the latter from a profile of some of the last steps,
-which the profiler itself slows down: an upper bound.
+`JAX_COMPILATION_CACHE_DIR` set for the time with a warm cache), and how much of it went into making the programs;
+the median step; the share of the wall clock in which the emulator plays, and that in which the device is idle, the
+latter from a profile of some of the last steps, which the profiler itself slows down: an upper bound.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
 
 TRACED = 20
+SHOWN = 6
+"""Programs whose times are in the row."""
 
 
 class Watched:
@@ -54,6 +56,39 @@ class Watched:
         observation = self._environment.step(actions)
         self.seconds.append(time.perf_counter() - self.begins[-1])
         return observation
+
+
+EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace_s",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower_s",
+    "/jax/core/compile/backend_compile_duration": "compile_s",
+}
+"""Of `jax.monitoring`, and what we call their times."""
+
+
+class Made:
+    """Notes how long JAX takes to trace, lower and compile (or to load) each program that is made inside of it."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, dict[str, float]] = {}
+
+    def _note(self, event: str, duration_secs: float, **about: Any) -> None:
+        if event in EVENTS and "fun_name" in about:
+            name = about["fun_name"].removeprefix("jit(").removesuffix(")")
+            program = self._seconds.setdefault(name, dict.fromkeys(EVENTS.values(), 0.0))
+            program[EVENTS[event]] += duration_secs
+
+    def __enter__(self) -> Made:
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._note)
+
+    def programs(self) -> dict[str, dict[str, float]]:
+        """Seconds by program, the slowest first; functions that were only traced are part of those that call them."""
+        whole = {name: program for name, program in self._seconds.items() if program["compile_s"]}
+        return dict(sorted(whole.items(), key=lambda item: -sum(item[1].values())))
 
 
 def busy_share(trace: pathlib.Path) -> float | None:
@@ -82,6 +117,7 @@ def measure(config: RunConfig, game: str, folder: pathlib.Path) -> dict[str, Any
     image_size = config.agent.world_model.autoencoder.image_size
     environment = make_atari(game, config.atari, num_envs=1, image_size=image_size, seed=config.seed)
     with (
+        Made() as made,
         contextlib.closing(environment),
         Writer(folder, config.logging) as writer,
         contextlib.closing(Checkpoints(folder, "benchmark", config.agent.replay.capacity)) as checkpoints,
@@ -89,11 +125,14 @@ def measure(config: RunConfig, game: str, folder: pathlib.Path) -> dict[str, Any
     ):
         watched: Any = Watched(environment, config.steps, trace)
         state = programs.initial_state(jax.random.key(0), config.agent, environment.num_actions)
-        first_update: list[float] = []
+        first_update: dict[str, Any] = {}
 
         def on_measured(seconds: float, left: int) -> None:
             del seconds, left
-            first_update.append(time.perf_counter() - start)
+            programs = made.programs()
+            first_update["first_update_s"] = time.perf_counter() - start
+            first_update["made_s"] = sum(sum(program.values()) for program in programs.values())
+            first_update["programs"] = dict(list(programs.items())[:SHOWN])
 
         training = loop.train(
             config,
@@ -110,7 +149,7 @@ def measure(config: RunConfig, game: str, folder: pathlib.Path) -> dict[str, Any
     busy = busy_share(trace)
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
-        "first_update_s": first_update[0],
+        **first_update,
         "ms_per_step": training.ms_per_step,
         "steps_per_s": 1 / float(begins.mean()),
         "p95_ms": 1e3 * float(np.quantile(begins, 0.95)),
