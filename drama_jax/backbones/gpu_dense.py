@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 _WARPS = 8
 
 
+@functools.partial(jax.jit, static_argnames=("classes", "eps", "interpret"))
 def embed(
     latent: jax.Array,
     action: jax.Array,
@@ -81,6 +82,7 @@ def _normed(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return x * (scale * jax.lax.rsqrt(jnp.sum(x * x) / x.shape[0] + epsilon))
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def add(
     residual: jax.Array, update: jax.Array, scale: jax.Array, *, eps: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:

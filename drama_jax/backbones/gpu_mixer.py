@@ -63,6 +63,7 @@ class MixerWeights:
         return (self.kernel.reshape(-1), self.bias, self.dt_bias, self.A_log, self.D, self.scale)
 
 
+@functools.partial(jax.jit, static_argnames=("epsilon", "interpret"))
 def mixer_step(
     projected: jax.Array, window: GpuLayerWindow, weights: MixerWeights, *, epsilon: float, interpret: bool = False
 ) -> tuple[jax.Array, GpuLayerWindow]:
@@ -108,6 +109,7 @@ def mixer_step(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("horizon", "epsilon", "interpret"))
 def mixer_context(
     projected: jax.Array,
     index: jax.Array,

@@ -41,6 +41,7 @@ def serves(key: jax.Array, parts: Sequence[jax.Array], params: dict[str, Any]) -
     return gpu_convolution.available() and bf16 and fits and partitioned_threefry(key)
 
 
+@functools.partial(jax.jit, static_argnames="interpret")
 def choose_actions(
     key: jax.Array,
     parts: Sequence[jax.Array],

@@ -164,7 +164,7 @@ def _gradients_on_gpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> t
     """Each of the two by our kernel or by cuDNN, whichever was measured to be faster."""
     by_x, by_kernel = _gradients(x, kernel, gradient)
     if gpu_convolution.serves(gradient, x.shape[-1]):
-        by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel), name="conv3x3_by_input")
+        by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel))
     if gpu_convolution_gradient.serves(x, kernel.shape[-1]):
         by_kernel = gpu_convolution_gradient.kernel_gradient(x, gradient).astype(kernel.dtype)
     return by_x, by_kernel

@@ -31,6 +31,7 @@ FEW, FEW_POSITIONS, FEW_DEPTH = FULL // 2, 16, 64
 """Fewer programs leave multiprocessors idle; `_block` then takes so many cells and channels at a time."""
 
 
+@functools.partial(jax.jit, static_argnames=("silu", "to_phases", "interpret", "name"))
 def conv3x3(
     x: jax.Array,
     kernel: jax.Array,

@@ -40,6 +40,7 @@ def partitioned_threefry(key: jax.Array) -> bool:
     return str(jax.random.key_impl(key)) == "threefry2x32" and getattr(jax.config, "jax_threefry_partitionable", True)
 
 
+@functools.partial(jax.jit, static_argnames=("classes", "unimix", "interpret"))
 def sample_latent(
     key: jax.Array, raw: jax.Array, bias: jax.Array, *, classes: int, unimix: float, interpret: bool = False
 ) -> jax.Array:

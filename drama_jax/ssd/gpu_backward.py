@@ -23,6 +23,7 @@ Carry = tuple[Pieces, jax.Array, jax.Array]
 """ds, and the sums dA and dD so far."""
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def gradients(
     inputs: Inputs, saved: jax.Array, dy: jax.Array, ends: Ends, tiles: Tiles, *, interpret: bool
 ) -> dict[str, jax.Array]:

@@ -29,6 +29,7 @@ from drama_jax.ssd.places import Pieces, Place
 from drama_jax.ssd.tiles import Apart, Ends, Inputs, Plan, Tiles
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
 def gradients(
     inputs: Inputs, saved: jax.Array, dy: jax.Array, ends: Ends, tiles: Tiles, *, interpret: bool
 ) -> dict[str, jax.Array]:

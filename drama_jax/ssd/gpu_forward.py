@@ -32,6 +32,7 @@ from drama_jax.ssd.tiles import Ends, Inputs, Plan, Tiles
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "reverse", "interpret"))
 def strip_states(
     values: jax.Array, keys: jax.Array, inputs: Inputs, tiles: Tiles, *, reverse: bool, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -102,6 +103,7 @@ def with_chunk(
     return tuple(whole * piece + dot(value, key) for piece, key in zip(state, keys)), whole
 
 
+@functools.partial(jax.jit, static_argnames=("tiles", "save", "interpret"))
 def outputs(
     inputs: Inputs, ends: Ends, tiles: Tiles, *, save: bool, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -101,7 +101,7 @@ def test_a_game_of_few_actions_has_the_kernel_of_all_18():
         params = jax.eval_shape(net.init, KEY, jax.ShapeDtypeStruct((1, S + D), jnp.float32))["params"]
         mean = jax.ShapeDtypeStruct((S + D,), jnp.float32)
         normaliser = normalisers.InputNormaliser(mean, mean, jax.ShapeDtypeStruct((), jnp.float32))
-        jaxpr = jax.make_jaxpr(gpu_actor.choose_actions)(KEY, features(5), normaliser, params)
+        jaxpr = jax.make_jaxpr(gpu_actor.choose_actions.__wrapped__)(KEY, features(5), normaliser, params)
         (kernel_call,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "pallas_call")
         return [variable.aval.shape for variable in kernel_call.invars]
 
