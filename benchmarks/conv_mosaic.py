@@ -19,7 +19,7 @@ from benchmarks import common, floors, processes
 from benchmarks.autoencoder import inputs, plain
 from drama_jax import nn
 from drama_jax.nn import gpu_convolution_mosaic, gpu_convolution_triton
-from drama_jax.nn.gpu_convolution_mosaic import Cut
+from drama_jax.nn.gpu_convolution_mosaic_program import Cut
 
 CUTS = {
     "rows_4": Cut(),

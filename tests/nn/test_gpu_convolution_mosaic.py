@@ -8,7 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks.conv_mosaic import CASES, CUTS, reference
 from drama_jax.nn import gpu_convolution
-from drama_jax.nn.gpu_convolution_mosaic import Cut, conv3x3, cut_for
+from drama_jax.nn.gpu_convolution_mosaic import conv3x3, cut_for
+from drama_jax.nn.gpu_convolution_mosaic_program import Cut
 from tests.tools import lower_for_cuda, quick_jit
 
 needs_eleven = pytest.mark.skipif(
