@@ -33,7 +33,7 @@ from drama_jax.nn import (
     stencil_transpose_stride1,
     stencil_transpose_stride2,
 )
-from drama_jax.nn.batch_norm import Layout, rearrange
+from drama_jax.nn.batch_norm import Layout, across, rearrange
 from drama_jax.precision import at_least_float32, widen
 from drama_jax.vector_autoencoder import VectorDecoder, VectorEncoder, weight_init
 
@@ -78,7 +78,8 @@ class ConvBlock(nn.Module):
             return norm.train_silu(conv3x3(x, taps), bias, layout)
         scale, shift = norm.folded(bias)
         folded = stencil((kernel * scale).astype(self.dtype))
-        return conv_silu(x, folded, jnp.tile(shift, PHASES_OUT[self.kind]), layout)
+        (term,) = across(PHASES_OUT[self.kind], shift)
+        return conv_silu(x, folded, term, layout)
 
 
 def conv_silu(x: jax.Array, kernel: jax.Array, bias: jax.Array, layout: Layout) -> jax.Array:
@@ -128,7 +129,7 @@ class Decoder(nn.Module):
         if train:
             x = norm.train_silu(x, zero)
         else:
-            scale, shift = norm.folded(zero)
+            scale, shift = across(1, *norm.folded(zero))
             x = nn.silu(x.astype(params) * scale + shift).astype(self.dtype)
         for i, depth in enumerate(depths[1:]):
             block = ConvBlock(depth, "transpose2", self.dtype, name=f"conv_{i}")
