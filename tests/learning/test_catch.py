@@ -16,7 +16,7 @@ from drama_jax.envs import jax_env
 from drama_jax.training import in_graph
 from experiments.jax_presets import PRESETS
 
-STEPS = 2800
+STEPS = 3200
 SEEDS = [int(seed) for seed in os.environ.get("CATCH_SEEDS", "0").split(",")]
 CONFIG = PRESETS["tiny"]().agent
 
