@@ -42,22 +42,10 @@ def conv3x3(
     interpret: bool = False,
     name: str = "conv3x3",
 ) -> jax.Array:
-    """3x3 convolution with zero padding, and what follows it.
-
-    Args:
-      x: [N, h, w, I]; I is 16, 32, 64 or a larger multiple of 16, w a divisor of 64, h a multiple of 4 if I > 64.
-      kernel: [3, 3, I, O] of the dtype of `x`.
-      bias: [O], any float dtype, added if given.
-      silu: end with SiLU, to about 11 bits on a GPU.
-      to_phases: write pixels as phases of 2x2 cells (`nn.space_to_depth` of the result).
-      interpret: run without a GPU, slowly.
-      name: what profiles call the kernel, before its channels.
-
-    Returns:
-      [N, h, w, O], or [N, h/2, w/2, 4 O] if `to_phases`, in the dtype of `x`.
+    """`nn.gpu_convolution.conv3x3`, whose arguments these are, by this kernel; `interpret` runs it without a GPU, slowly.
 
     Raises:
-      ValueError: if the shape is none of these.
+      ValueError: if the shape is none of those.
     """
     images, height, width, channels = x.shape
     out_channels = kernel.shape[-1]
