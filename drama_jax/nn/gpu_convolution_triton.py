@@ -42,7 +42,7 @@ def conv3x3(
     interpret: bool = False,
     name: str = "conv3x3",
 ) -> jax.Array:
-    """`nn.gpu_convolution.conv3x3`, whose arguments these are, by this kernel; `interpret` runs it without a GPU, slowly.
+    """`nn.gpu_convolution.conv3x3`, with its arguments, by Triton; `interpret` runs it without a GPU, slowly.
 
     Raises:
       ValueError: if the shape is none of those.
