@@ -4,7 +4,7 @@ import json
 
 import jax
 
-from benchmarks import floors, multi_seed, tables
+from benchmarks import floors, multi_seed, tables, train_loop
 from drama_jax import agent
 from drama_jax.config import AutoencoderConfig, preset
 
@@ -93,3 +93,19 @@ def test_the_whole_step_is_the_sum_of_its_two_updates():
     assert work["environment_step"] == tuple(map(sum, zip(*parts, strict=True)))
     # 1.9 TFLOP a step, of which the autoencoder's training 0.85.
     assert 1.8e12 < work["environment_step"][0] < 2.1e12
+
+
+def test_programs_are_timed_while_they_are_made():
+    def inside(x):
+        return 3 * x
+
+    def outside(x):
+        return 2 * x
+
+    with train_loop.Made() as made:
+        jax.jit(inside)(1.0)
+    jax.jit(outside)(1.0)
+    programs = made.programs()
+    assert "outside" not in programs
+    assert set(programs["inside"]) == {"trace_s", "lower_s", "compile_s"}
+    assert all(seconds > 0 for seconds in programs["inside"].values())

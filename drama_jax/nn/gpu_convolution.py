@@ -8,7 +8,8 @@ There are two makes, `nn.gpu_convolution_mosaic` for the large batches of traini
 `benchmarks/conv_mosaic.py` measure every choice made here.
 Notation: N images, h x w cells, I and O channels.
 
-Of the modules of `nn`, only those whose names begin with `gpu` have Pallas names.
+Of the modules of `nn`, only those whose names begin with `gpu` have Pallas names. Functions that launch a kernel are
+jitted where they are called several times, so that calls of one size are traced and lowered once.
 """
 
 from __future__ import annotations

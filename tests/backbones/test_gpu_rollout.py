@@ -1,6 +1,7 @@
 """The kernels of the imagined step, interpreted, against the mixer's and the stem's own forms."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -156,3 +157,20 @@ def test_everything_lowers_for_cuda(monkeypatch):
     text = lower_for_cuda(run, jax.ShapeDtypeStruct((32, 8, 1024), dtype), jax.ShapeDtypeStruct((32, 8), jnp.int32))
     for name in ("mixer_context", "mixer_step", "stem", "add_and_norm"):
         assert name in text
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+def test_calls_of_one_size_are_lowered_once():
+    """Tracing and lowering is most of the time before the first update if everything is compiled already."""
+
+    def often(residual, update, scale):
+        for _ in range(4):
+            residual, update = gpu_dense.add(residual, update, scale, eps=1e-5)
+        return residual, update
+
+    rows = jax.ShapeDtypeStruct((B, 32), jnp.float32)
+    text = lower_for_cuda(often, rows, rows, jax.ShapeDtypeStruct((32,), jnp.float32))
+    called = re.findall(r" call @(add\w*)\(", text)
+    # What the first call is given differs in type: it does not know of the mesh that `lower_for_cuda` needs.
+    assert len(called) == 4 and len(set(called[1:])) == 1
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == len(set(called))

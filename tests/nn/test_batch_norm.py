@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drama_jax.nn.batch_norm import BatchNorm, normalise_silu, rearrange
+from drama_jax.nn.batch_norm import BatchNorm, across, normalise_silu, rearrange
 from tests.tools import quick_jit
 
 EPSILON = 1e-5
@@ -62,3 +62,16 @@ def test_statistics_and_evaluation_mode(x64):
     mean, var = moved["batch_stats"]["mean"], moved["batch_stats"]["var"]
     expected = (pixels + offset - mean) / np.sqrt(var + EPSILON)
     np.testing.assert_allclose(pixels * scale + shift, expected, rtol=1e-12)
+
+
+def test_numbers_per_channel_are_laid_out_for_all_phases():
+    scale, shift = across(2, jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([4.0, 5.0, 6.0]))
+    np.testing.assert_array_equal(scale, [1, 2, 3, 1, 2, 3])
+    np.testing.assert_array_equal(shift, [4, 5, 6, 4, 5, 6])
+
+
+@pytest.mark.parametrize(("backend", "barriers"), [("cpu", 1), ("gpu", 0)])
+def test_only_a_cpu_holds_them_in_memory(backend, barriers, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    jaxpr = jax.make_jaxpr(lambda x: across(4, x, x))(jnp.ones(3))
+    assert str(jaxpr).count("optimization_barrier") == barriers
