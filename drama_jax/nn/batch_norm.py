@@ -258,8 +258,8 @@ def rearrange(x: jax.Array, layout: str) -> jax.Array:
 def across(phases: int, *vectors: jax.Array) -> list[jax.Array]:
     """Vectors [C] for all phases: [phases * C] each.
 
-    On a CPU by way of memory: XLA would compute them anew for every activation they meet, in loops that it does not
-    vectorise, three times slower (jax 0.10.2 and 0.11.2).
+    On a CPU by way of memory: XLA would compute them anew for every activation they meet, in loops about three times
+    slower (jax 0.10.2 and 0.11.2, by hand).
     """
     tiled = [jnp.tile(vector, phases) for vector in vectors]
     return list(lax.optimization_barrier(jnp.stack(tiled))) if jax.default_backend() == "cpu" else tiled

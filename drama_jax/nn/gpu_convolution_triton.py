@@ -35,7 +35,7 @@ FEW, FEW_POSITIONS, FEW_DEPTH = FULL // 2, 16, 64
 def conv3x3(
     x: jax.Array,
     kernel: jax.Array,
-    bias: jax.Array | None = None,
+    bias: jax.Array,
     *,
     silu: bool = False,
     to_phases: bool = False,
@@ -43,6 +43,8 @@ def conv3x3(
     name: str = "conv3x3",
 ) -> jax.Array:
     """`nn.gpu_convolution.conv3x3`, with its arguments, by Triton; `interpret` runs it without a GPU, slowly.
+
+    The bias is needed here, float32.
 
     Raises:
       ValueError: if the shape is none of those.
@@ -59,7 +61,6 @@ def conv3x3(
     def end(y: jax.Array) -> jax.Array:
         return _silu(y, interpret) if silu else y
 
-    bias = jnp.zeros((out_channels,), jnp.float32) if bias is None else bias.astype(jnp.float32)
     run = _walk if channels <= 64 else _block
     y = run(x, kernel, bias, end, to_phases, interpret, f"{name}_{channels}_{out_channels}")
     if to_phases:
