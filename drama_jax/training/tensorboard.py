@@ -7,11 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _FLUSH_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """As if PyTorch were not installed.
+
+    tensorboardX imports it if it can, for tensors that it is never given here. That takes seconds, and loads CUDA
+    libraries beside those of JAX.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # what Python takes for "cannot be imported"
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class Board:
@@ -26,6 +44,9 @@ class Board:
     """
 
     def __init__(self, directory: pathlib.Path, start: int = 0) -> None:
+        with _without_torch():
+            import tensorboardX  # noqa: F401 (its modules are imported below)
+
         self._directory, self._start = directory, start
         self._writer: Any = None
         self._flushed = time.monotonic()

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -165,6 +166,28 @@ def test_tensorboard_starts_another_file_after_an_error(tmp_path):
     board.close()
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     assert [event.step for event in events.Scalars("a")] == [1, 3]
+
+
+_WITH_TORCH = """
+import sys
+sys.path.insert(0, {path!r})
+from drama_jax.training.tensorboard import Board
+board = Board(__import__("pathlib").Path({path!r}) / "events")
+board.scalars(1, {{"a": 1.0}})
+board.close()
+assert "torch" not in sys.modules, "imported, or still hidden"
+import torch
+Board(__import__("pathlib").Path({path!r}) / "more").close()
+assert sys.modules["torch"] is torch
+"""
+
+
+def test_tensorboard_does_not_load_an_installed_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("Tensor = None\n")
+    code = _WITH_TORCH.format(path=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "events").iterdir())
 
 
 @pytest.mark.parametrize("enabled", [False, True])
