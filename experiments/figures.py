@@ -14,6 +14,8 @@ from drama_jax.training import scores
 _COLUMNS = 4
 _SMOOTH = 10
 """Episodes in the running mean of a curve."""
+_ROOM = 2.5
+"""Times the height of a panel's episodes within which other scores are drawn."""
 
 
 def import_figure() -> Any:
@@ -43,15 +45,28 @@ def curves(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     for axis, game in zip(axes, games):
         for result in (one for one in results if one["game"] == game):
             _curve(axis, result)
-        for name, colour in (("random", "0.6"), ("Drama_XS", "tab:red"), ("human", "tab:green")):
-            score = scores.table().get(game, {}).get(name)
-            if score is not None:
-                axis.axhline(score, color=colour, linewidth=1, linestyle="--", label=name.replace("_", " "))
+        _references(axis, game)
         axis.set_title(game)
         axis.set_xlabel("agent steps")
         axis.locator_params(axis="x", nbins=5)
         axis.legend(fontsize=6, loc="best")
     picture.savefig(path, dpi=110)
+
+
+def _references(axis: Any, game: str) -> None:
+    """Lines at the scores of others; one so high that the runs would be flat below it is only named."""
+    low, high = axis.get_ylim()
+    highest = low + _ROOM * (high - low)
+    for name, colour in (("random", "0.6"), ("Drama_XS", "tab:red"), ("human", "tab:green")):
+        score = scores.table().get(game, {}).get(name)
+        if score is None:
+            continue
+        style = {"color": colour, "linewidth": 1, "linestyle": "--"}
+        label = name.replace("_", " ")
+        if score > highest:
+            axis.plot([], [], **style, label=f"{label} {score:,.0f}, above")
+        else:
+            axis.axhline(score, **style, label=label)
 
 
 def _curve(axis: Any, result: Mapping[str, Any]) -> None:

@@ -129,6 +129,16 @@ def test_curves_have_a_panel_per_game(run, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_a_score_far_above_the_runs_is_named_but_not_drawn(run):
+    axis = figures.import_figure()().subplots()
+    one = run_results.collect(run) | {"game": "Alien", "training_returns": [(10, 300.0), (20, 900.0)]}
+    figures._curve(axis, one)
+    figures._references(axis, "Alien")
+    labels = [text.get_text() for text in axis.legend().get_texts()]
+    assert "human 7,128, above" in labels and "Drama XS" in labels
+    assert axis.get_ylim()[1] < 2_000
+
+
 def test_the_running_mean_starts_with_what_there_is():
     values = np.arange(6.0)
     np.testing.assert_allclose(figures.running_mean(values, 3), [0, 0.5, 1, 2, 3, 4])
