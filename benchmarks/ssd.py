@@ -1,10 +1,14 @@
 """The SSD scan: milliseconds, memory and floors at the named shapes, and time against T beside softmax attention.
 
-    python -m benchmarks.ssd                     all shapes, bfloat16 and float32, then the sweep over T
+    python -m benchmarks.ssd                     all shapes, bfloat16 and then float32, and the sweep over T
+    python -m benchmarks.ssd --cases             the sweep alone
     python -m benchmarks.ssd --check             the contract of tests/ssd on this device, as a log under results/
     python -m benchmarks.ssd --accuracy          errors against float64, the table of the module's docstring
     python -m benchmarks.ssd --tune              how the kernels can be cut at each shape
+    python -m benchmarks.ssd --tune --strips     of that, into how many strips
     python -m benchmarks.ssd --picture FILE      draws a result file (needs matplotlib)
+
+A file for each dtype, `ssd` and `ssd_float32`, and one for the sweep, `ssd_lengths`.
 
 Every time is that of one call of many in one compiled function, each fed with the output of the one before, and of
 several calls of that function queued before one is waited for: what the device needs. `*_dispatch_ms` is one call from
@@ -18,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import pathlib
@@ -44,10 +47,12 @@ CASES: dict[str, Shape] = {  # B, T, H, P, N
 }
 TINY: dict[str, Shape] = {"tiny": (2, 64, 2, 16, 16)}
 LENGTHS = [2**n for n in range(7, 17)]
+STRIPS = [1, 2, 3, 4, 6, 8]
 LINKED = 10 * 2**24
 """Numbers of x that the calls in one function take together, so that it runs for longer than its dispatch takes."""
 Operands = dict[str, jax.Array]
 Scan = Callable[..., tuple[jax.Array, jax.Array]]
+Cuts = Callable[[Operands], list[Tiles]]
 
 
 def operands(shape: Shape, dtype: Any) -> Operands:
@@ -129,18 +134,17 @@ def implementations() -> list[Implementation]:
     return ["chunked", "pallas"] if jax.default_backend() == "gpu" else ["chunked"]
 
 
-def case_rows(cases: dict[str, Shape], dtypes: list[str], links: int | None) -> Iterator[dict[str, Any]]:
-    """One row per shape, dtype and implementation."""
+def case_rows(cases: dict[str, Shape], dtype: str, links: int | None) -> Iterator[dict[str, Any]]:
+    """One row per shape and implementation."""
     for name, shape in cases.items():
-        for dtype in dtypes:
-            inputs = operands(shape, jnp.dtype(dtype))
-            for implementation in implementations():
-                scan = functools.partial(ssd, implementation=implementation)
-                row = measured(scan, inputs, links) | floors(inputs)
-                for direction, floor in (("forward", "floor_ms"), ("forward_backward", "forward_backward_floor_ms")):
-                    if floor in row:
-                        row[f"{direction}_ratio"] = row[f"{direction}_ms"] / row[floor]
-                yield {"name": name, "shape": shape, "implementation": implementation, "dtype": dtype} | row
+        inputs = operands(shape, jnp.dtype(dtype))
+        for implementation in implementations():
+            scan = functools.partial(ssd, implementation=implementation)
+            row = measured(scan, inputs, links) | floors(inputs)
+            for direction, floor in (("forward", "floor_ms"), ("forward_backward", "forward_backward_floor_ms")):
+                if floor in row:
+                    row[f"{direction}_ratio"] = row[f"{direction}_ms"] / row[floor]
+            yield {"name": name, "shape": shape, "implementation": implementation, "dtype": dtype} | row
 
 
 def attention(x: jax.Array, **_: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -179,8 +183,8 @@ def exponent(points: list[tuple[int, float]], beyond: int = 4096) -> float | Non
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
-def tune_rows(cases: dict[str, Shape], dtypes: list[str]) -> Iterator[dict[str, Any]]:
-    """Every sensible way to cut the work, at the number of strips of the default."""
+def tune_rows(cases: dict[str, Shape], dtypes: list[str], cuts: Cuts) -> Iterator[dict[str, Any]]:
+    """Every way of `cuts` to cut the work."""
     for name, shape in cases.items():
         for dtype in dtypes:
             inputs = operands(shape, jnp.dtype(dtype))
@@ -195,7 +199,16 @@ def tune_rows(cases: dict[str, Shape], dtypes: list[str]) -> Iterator[dict[str, 
                 yield row
 
 
-def cuts(inputs: Operands) -> list[Tiles]:
+def strips(inputs: Operands) -> list[Tiles]:
+    """The default in other numbers of strips, in one direction and then in the other."""
+    default = fused.default_tiles(inputs["x"], inputs["B"])
+    one = dataclasses.replace(default, strips=1, backward_strips=1)
+    found = [dataclasses.replace(one, strips=count) for count in STRIPS]
+    found += [dataclasses.replace(one, backward_strips=count) for count in STRIPS]
+    return list(dict.fromkeys([default, *found]))
+
+
+def all_cuts(inputs: Operands) -> list[Tiles]:
     """Chunks, widths and warps worth trying, and the default with one thing changed."""
     default = fused.default_tiles(inputs["x"], inputs["B"])
     found = [
@@ -260,13 +273,14 @@ def draw(path: pathlib.Path) -> pathlib.Path:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, *TINY], default=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=[*CASES, *TINY], default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS, help="T of the sweep; none: no sweep")
     parser.add_argument("--links", type=int, default=None, help="calls in one compiled function")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--strips", action="store_true", help="with --tune: nothing but the number of strips")
     parser.add_argument("--picture", type=pathlib.Path, default=None)
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
@@ -279,13 +293,15 @@ def main() -> None:
     elif arguments.accuracy:
         common.write_rows("ssd_accuracy", ssd_check.accuracy_rows(), arguments.out)
     elif arguments.tune:
-        common.write_rows("ssd_tune", tune_rows(cases, arguments.dtypes), arguments.out)
+        name, ways = ("ssd_tune_strips", strips) if arguments.strips else ("ssd_tune", all_cuts)
+        common.write_rows(name, tune_rows(cases, arguments.dtypes, ways), arguments.out)
     else:
-        rows = case_rows(cases, arguments.dtypes, arguments.links)
+        for dtype in arguments.dtypes if cases else []:
+            name = "ssd" if dtype == "bfloat16" else f"ssd_{dtype}"
+            common.write_rows(name, case_rows(cases, dtype, arguments.links), arguments.out)
         if arguments.lengths:
-            tiny = set(cases) <= set(TINY)
-            rows = itertools.chain(rows, sweep_rows(TINY["tiny"] if tiny else CASES["drama_8k"], arguments.lengths))
-        common.write_rows("ssd", rows, arguments.out)
+            shape = TINY["tiny"] if cases and set(cases) <= set(TINY) else CASES["drama_8k"]
+            common.write_rows("ssd_lengths", sweep_rows(shape, arguments.lengths), arguments.out)
 
 
 if __name__ == "__main__":
