@@ -200,11 +200,18 @@ def tune_rows(cases: dict[str, Shape], dtypes: list[str], cuts: Cuts) -> Iterato
 
 
 def strips(inputs: Operands) -> list[Tiles]:
-    """The default in other numbers of strips, in one direction and then in the other."""
+    """The default in other numbers of strips, in one direction and then in the other; and of half the width.
+
+    Narrower walks are more programs, too. What they compute twice is in the forward pass only: scores and decays.
+    """
     default = fused.default_tiles(inputs["x"], inputs["B"])
     one = dataclasses.replace(default, strips=1, backward_strips=1)
     found = [dataclasses.replace(one, strips=count) for count in STRIPS]
     found += [dataclasses.replace(one, backward_strips=count) for count in STRIPS]
+    if default.apart is not None:
+        apart = dataclasses.replace(default.apart, width=default.width)
+        narrow = dataclasses.replace(one, width=default.width // 2, apart=apart)
+        found += [dataclasses.replace(narrow, strips=count, backward_strips=count) for count in STRIPS[:4]]
     return list(dict.fromkeys([default, *found]))
 
 

@@ -22,6 +22,8 @@ class Apart:
     """Of that kernel."""
     parts: int = 1
     """Programs that share the heads of a group, as far as it divides their number."""
+    width: int | None = None
+    """As that of `Tiles`, of the kernels that take one chunk a program; None if those that walk take as many."""
 
 
 @dataclasses.dataclass(frozen=True)

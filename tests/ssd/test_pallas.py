@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 TILES = (
     Tiles(chunk=16, width=16, depth=32, strips=2),
     Tiles(chunk=16, width=32, depth=16, strips=4, backward_strips=3),
-    Tiles(chunk=16, width=16, depth=32, strips=2, backward_strips=3, apart=Apart(depth=16, parts=2)),
+    Tiles(chunk=16, width=16, depth=32, strips=2, backward_strips=3, apart=Apart(depth=16, parts=2, width=32)),
 )
 
 
