@@ -6,6 +6,7 @@ Strict dtype promotion is on for the whole session: library code has to cast exp
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pathlib
 import shutil
@@ -30,14 +31,23 @@ def pytest_configure(config: pytest.Config) -> None:
         directory = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory} | COMPILED
-        if jax.__version_info__ < (0, 11):  # later versions do not know the flag, and stop at it
-            # XLA's newer way to compile fused loops for a CPU takes three times as long.
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *compiler_flags()]).strip()
+    # What tracing makes is mostly there to stay; looking through it again and again takes a tenth of the time.
+    gc.set_threshold(50_000, 20, 20)
     keep_to_one_core(getattr(config, "workerinput", None))
     for name, kind in (("dir", str), ("max_size", int)):
         jax.config.update(f"jax_compilation_cache_{name}", kind(os.environ[f"JAX_COMPILATION_CACHE_{name.upper()}"]))
     least = "persistent_cache_min_compile_time_secs"
     jax.config.update(f"jax_{least}", float(os.environ[f"JAX_{least.upper()}"]))
+
+
+def compiler_flags() -> list[str]:
+    """For XLA: to compile for a CPU in less than half the time. What comes out of it is as fast."""
+    flags = ["--xla_backend_optimization_level=1"]
+    if jax.__version_info__ < (0, 11):  # later versions do not know the flag, and stop at it
+        # XLA's newer way to compile fused loops for a CPU takes three times as long.
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return flags
 
 
 def keep_to_one_core(worker: dict[str, str] | None) -> None:
