@@ -58,7 +58,7 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             pytest.fail(process.communicate()[0])
-        time.sleep(0.002)
+        time.sleep(0.02)  # looking takes time from the process
 
 
 def saved(logdir: pathlib.Path, game: str) -> bool:
