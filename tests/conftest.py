@@ -54,9 +54,10 @@ def keep_to_one_core(worker: dict[str, str] | None) -> None:
     """Gives one of pytest-xdist's workers, and the processes that it starts, a core of their own.
 
     XLA's threads gain little at these sizes and get in each other's way: on two cores, two processes that each compile
-    and run a very small agent take 23 s like this, and 30 s if each uses both.
+    and run a very small agent take 23 s like this, and 30 s if each uses both. Not where kernels by Mosaic are
+    interpreted: their warpgroups wait for each other in threads of which there are as many as cores.
     """
-    if worker is not None and hasattr(os, "sched_setaffinity"):  # there on Linux
+    if worker is not None and jax.__version_info__ < (0, 11) and hasattr(os, "sched_setaffinity"):  # there on Linux
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker["workerid"].removeprefix("gw")) % len(cores)]})
 
