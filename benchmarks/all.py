@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[int, str]] = {
     "loop_warm": (180, "train_loop --backend ale --label _warm --steps 300"),
     "ssd": (420, "ssd --dtypes bfloat16 --lengths"),
     "strips": (300, "ssd --tune --strips --cases lm_8k --dtypes bfloat16"),
-    "check": (120, "ssd --check --cases drama_train lm_2k lm_8k --dtypes bfloat16"),
+    "check": (180, "ssd --check --cases drama_train lm_2k lm_8k --dtypes bfloat16"),
     "lengths": (420, "ssd --cases"),
     "mosaic": (480, "ssd_mosaic"),
     "profile": (120, "profile_step"),
