@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def compiler_flags() -> list[str]:
-    """For XLA: to compile for a CPU in less than half the time. What comes out of it is as fast."""
+    """For XLA: to compile for a CPU in half the time (by hand, with JAX 0.10). What comes out of it is as fast."""
     flags = ["--xla_backend_optimization_level=1"]
     if jax.__version_info__ < (0, 11):  # later versions do not know the flag, and stop at it
         # XLA's newer way to compile fused loops for a CPU takes three times as long.
