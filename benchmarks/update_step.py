@@ -98,14 +98,15 @@ def timed_stages(state: agent.AgentState, preset_name: str, repeats: int) -> tup
 
 
 def timed_act(state: agent.AgentState, preset_name: str, repeats: int) -> dict[str, Any]:
-    """`act` for one environment, with the frame sent to the device and the action fetched."""
-    act, player = jax.jit(agent.act), agent.player(state)
+    """`act` for one environment as the loop calls it: the frame sent to the device, the action fetched."""
+    act, player = jax.jit(agent.act, donate_argnums=1), agent.player(state)
     holder = [agent.initial_acting(state, 1), jax.random.key(2)]
     frame = np.zeros((1, *state.config.world_model.autoencoder.image_shape), np.uint8)
-    first = np.zeros(1, bool)
+    first = jax.device_put(np.zeros(1, bool))
 
     def call() -> np.ndarray:
         actions, holder[0] = act(player, holder[0], frame, holder[1], first)
+        actions.copy_to_host_async()
         return np.asarray(actions)
 
     return {

@@ -49,6 +49,7 @@ class Agents:
         self._config, self._num_actions, self._now = config, num_actions, now
         self._together, self._programs, self._checkpoints, self._check = together, programs, checkpoints, check
         repeats, warmup = config.warmup_repeats, config.warmup_steps
+        self._none_first = together.put(np.zeros(together.count, bool))  # sent once: most steps begin no episode
         self._durations = exploration.duration_table(repeats, warmup) if repeats and warmup else None
         self.state = state
         """`AgentState` of all agents after the last transition."""
@@ -68,7 +69,9 @@ class Agents:
         if step < self._config.warmup_steps:
             return self._random()
         player = self._programs.player(self.state)
-        actions, self._now.acting = self._programs.act(player, self._now.acting, frames, act_keys, step, firsts)
+        first = self._together.put(firsts) if firsts.any() else self._none_first
+        actions, self._now.acting = self._programs.act(player, self._now.acting, frames, act_keys, step, first)
+        actions.copy_to_host_async()  # on its way before the update is queued
         return actions
 
     def _random(self) -> np.ndarray:

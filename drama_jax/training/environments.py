@@ -23,7 +23,7 @@ class Environments:
         self._threads: concurrent.futures.ThreadPoolExecutor | None = None
         if len(self.each) > 1:
             self._threads = concurrent.futures.ThreadPoolExecutor(len(self.each), "environment")
-        self._at_one_step = True
+        self._failed = False
 
     @property
     def num_actions(self) -> ActionSpace:
@@ -32,8 +32,8 @@ class Environments:
 
     @property
     def known(self) -> list[Env | None]:
-        """The environments, or None for each whose state is of no use, as it may be of a step that failed elsewhere."""
-        return [environment if self._at_one_step else None for environment in self.each]
+        """The environments; None for each once one has failed, which may have left any of them within a step."""
+        return [None if self._failed else environment for environment in self.each]
 
     def reset(self) -> list[Observation]:
         """The first observations, with the axis E = 1. Raises an EmulatorError if an environment fails."""
@@ -49,7 +49,7 @@ class Environments:
           For each what came of it, and what to act on next; two observations where an episode has ended.
 
         Raises:
-          EmulatorError: an environment failed; of several, some have played the step then and some have not.
+          EmulatorError: an environment failed; each may have played the step then, or some of it, or nothing.
         """
         own = [actions[index : index + 1] for index in range(len(self.each))]
         try:
@@ -57,7 +57,7 @@ class Environments:
                 return [_step(environment, action) for environment, action in zip(self.each, own)]
             return list(self._threads.map(_step, self.each, own))
         except EmulatorError:
-            self._at_one_step = len(self.each) == 1
+            self._failed = True
             raise
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ short ones. The agent's state is read only: nothing it normalises by moves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from drama_jax import agent, checks
 from drama_jax.envs.base import Env, attempt
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=1)
 def _act(state: Any, acting: Any, frames: jax.Array, key: jax.Array, step: int, first: jax.Array) -> Any:
     return agent.act(state, acting, frames, jax.random.fold_in(key, step), first, greedy=True)
 

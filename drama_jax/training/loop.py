@@ -177,23 +177,18 @@ class _Loop:
         """One agent step from `observations`; returns those to act on next.
 
         Raises:
-          EmulatorError: an environment failed; nobody has acted then, so that the step can be taken again.
+          EmulatorError: an environment failed. The transition is lost; a run that goes on begins a new episode.
         """
         shown = _concatenated([observation.frames for observation in observations])
         firsts = _concatenated([observation.first for observation in observations])
         # A copy, because on CPU the device array might otherwise share the environment's memory.
         frames = self.together.put(shown)
-        acting = self.now.acting
         chosen = self.agents.choose(step, frames, firsts, act_keys)
         # Queued before the action is fetched, so that the device goes from one to the other without waiting for Python;
         # it works through this update while the emulator plays.
         self.agents.feed()
         actions = np.asarray(chosen)  # waits for the action alone
-        try:
-            played = self.environments.step(actions)
-        except EmulatorError:
-            self.now.acting = acting
-            raise
+        played = self.environments.step(actions)
         after = [first for first, _ in played]
         rewards, terminals = (_concatenated([getattr(one, name) for one in after]) for name in ("rewards", "terminals"))
         self.now.pending = Pending(Row(shown, actions, rewards, terminals, firsts), frames)

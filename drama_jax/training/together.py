@@ -75,21 +75,20 @@ class Together:
         return named if self.count == 1 else {name: array[index] for name, array in named.items()}
 
     def program(
-        self, function: Callable[..., Any], *, shared: tuple[int, ...] = (), donated: bool = False
+        self, function: Callable[..., Any], *, shared: tuple[int, ...] = (), donated: int | None = None
     ) -> Callable[..., Any]:
         """One compiled function for all N > 1 agents of a function of one agent; compiled once per process.
 
         Args:
           function: Of arrays without the agents' axis.
           shared: Positions of the arguments that all agents have in common.
-          donated: The first argument is given up.
+          donated: Position of the argument that is given up: 0, 1, or None for none.
         """
-        run = _run_donated if donated else _run
-        return functools.partial(run, function, self, shared)
+        return functools.partial(_RUNS[donated], function, self, shared)
 
-    def lowered(self, function: Callable[..., Any], *arguments: Any, donated: bool = False) -> jax.stages.Lowered:
+    def lowered(self, function: Callable[..., Any], *arguments: Any, donated: int | None = None) -> jax.stages.Lowered:
         """`program(function, donated=donated)` for arguments of these shapes, to be compiled."""
-        return (_run_donated if donated else _run).lower(function, self, (), *arguments)
+        return _RUNS[donated].lower(function, self, (), *arguments)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Together) and self._identity == other._identity
@@ -111,5 +110,7 @@ def _all(function: Callable[..., Any], together: Together, shared: tuple[int, ..
     return part(*arguments)
 
 
-_run = jax.jit(_all, static_argnums=(0, 1, 2))
-_run_donated = jax.jit(_all, static_argnums=(0, 1, 2), donate_argnums=3)
+_RUNS = {
+    donated: jax.jit(_all, static_argnums=(0, 1, 2), donate_argnums=() if donated is None else 3 + donated)
+    for donated in (None, 0, 1)
+}
