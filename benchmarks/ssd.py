@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -47,7 +48,8 @@ CASES: dict[str, Shape] = {  # B, T, H, P, N
 }
 TINY: dict[str, Shape] = {"tiny": (2, 64, 2, 16, 16)}
 LENGTHS = [2**n for n in range(7, 17)]
-STRIPS = [1, 2, 3, 4, 6, 8]
+STRIPS = [1, 2, 4, 8]
+"""Of a sweep: those that divide the number of chunks. Others take longer (benchmarks/README.md)."""
 LINKED = 10 * 2**24
 """Numbers of x that the calls in one function take together, so that it runs for longer than its dispatch takes."""
 Operands = dict[str, jax.Array]
@@ -200,18 +202,10 @@ def tune_rows(cases: dict[str, Shape], dtypes: list[str], cuts: Cuts) -> Iterato
 
 
 def strips(inputs: Operands) -> list[Tiles]:
-    """The default in other numbers of strips, in one direction and then in the other; and of half the width.
-
-    Narrower walks are more programs, too. What they compute twice is in the forward pass only: scores and decays.
-    """
+    """The default, and with every number of strips in either direction."""
     default = fused.default_tiles(inputs["x"], inputs["B"])
-    one = dataclasses.replace(default, strips=1, backward_strips=1)
-    found = [dataclasses.replace(one, strips=count) for count in STRIPS]
-    found += [dataclasses.replace(one, backward_strips=count) for count in STRIPS]
-    if default.apart is not None:
-        apart = dataclasses.replace(default.apart, width=default.width)
-        narrow = dataclasses.replace(one, width=default.width // 2, apart=apart)
-        found += [dataclasses.replace(narrow, strips=count, backward_strips=count) for count in STRIPS[:4]]
+    pairs = itertools.product(STRIPS, STRIPS)
+    found = [dataclasses.replace(default, strips=there, backward_strips=back) for there, back in pairs]
     return list(dict.fromkeys([default, *found]))
 
 

@@ -191,6 +191,23 @@ def lengths(rows: Rows) -> str:
     return table(["T", *(f"{name}, {titles[key]}" for name, key in keys)], [*body, ["exponent", *fitted]])
 
 
+def lowerings(rows: Rows) -> str:
+    """Microseconds of the forward scan by Triton and by Mosaic, by shape."""
+    cases, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "implementation"))
+    cells = {(row["name"], row["implementation"]): 1e3 * row["forward_ms"] for row in rows if "forward_ms" in row}
+    body = [[name, *(number(cells.get((case, name)), 1) for case in cases)] for name in names]
+    return table(["forward, us", *cases], body)
+
+
+def strips(rows: Rows) -> str:
+    """The scan in strips: milliseconds by the columns of P a program takes and the strips of either direction."""
+    body = []
+    for row in rows:
+        (cut,) = re.findall(r"width=(\d+).*?strips=(\d+), backward_strips=(\d+)", row["tiles"])
+        body.append([*cut, number(row["forward_ms"], 3), number(row["forward_backward_ms"], 3)])
+    return table(["width", "strips", "backward", "forward, ms", "forward and backward, ms"], body)
+
+
 def seeds(*files: Rows) -> str:
     """Many seeds in one program, of every preset that was measured, and what bars they answer."""
     head = ["preset", "seeds", "step of all, ms", "times one seed's", "bar", "steps/s, all seeds", "GB", "bar"]
@@ -234,13 +251,13 @@ def on_device(*files: Rows) -> str:
 
 TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "update_step": (stages, [f"update_step-{CARD}"]),
-    "update_step_other": (stages, [f"update_step-{OTHER_CARD}"]),
-    "profile_step": (profile, [f"profile_step-{OTHER_CARD}"]),
+    "profile_step": (profile, [f"profile_step-{CARD}"]),
     "autoencoder": (implementations, [f"autoencoder-{CARD}"]),
     "imagination": (parts, [f"imagination-{CARD}"]),
     "ssd": (scans, [f"ssd-{CARD}"]),
-    "ssd_other": (scans, [f"ssd-{OTHER_CARD}"]),
-    "ssd_lengths": (lengths, [f"ssd-{OTHER_CARD}"]),
+    "ssd_lengths": (lengths, [f"ssd_lengths-{CARD}"]),
+    "ssd_mosaic": (lowerings, [f"ssd_mosaic-{CARD}"]),
+    "ssd_strips": (strips, [f"ssd_tune_strips-{CARD}"]),
     "train_loop": (loops, [f"train_loop_cold-xs-{CARD}", f"train_loop_warm-xs-{CARD}"]),
     "precision": (bands, [f"precision-{CARD}"]),
     "checkpoint": (checkpoints, ["checkpoint-cpu"]),

@@ -60,10 +60,9 @@ __all__ = [
     "ssd_step",
 ]
 
-FASTER: dict[str, tuple[tuple[int, int], ...]] = {"bfloat16": ((65_536, 16), (2_048, 128))}
-"""dtype of x -> pairs of the largest T and the largest N for which the kernels were measured to be faster than
-"chunked", forward and backward: on an H100 (T to 8,192) and an H200 for the first pair, on an H200 for the second
-(benchmarks/README.md, SSD scan)."""
+FASTER = {"bfloat16": (65_536, 128)}
+"""dtype of x -> the largest T and the largest N for which the kernels were measured to be faster than "chunked",
+forward and backward: on an H100, N = 16 and 128, T from 128 on and from 2,048 on (benchmarks/README.md, SSD scan)."""
 Implementation = Literal["reference", "chunked", "pallas"]
 IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 
@@ -144,7 +143,8 @@ def default_implementation(x: jax.Array, B: jax.Array) -> Implementation:
 
     The kernels where they run and `FASTER` says that they were measured to be faster; "chunked" everywhere else.
     """
-    measured = any(x.shape[1] <= time and B.shape[3] <= state for time, state in FASTER.get(str(x.dtype), ()))
+    time, state = FASTER.get(str(x.dtype), (0, 0))
+    measured = x.shape[1] <= time and B.shape[3] <= state
     return "pallas" if measured and fused.why_not(x, B, interpret=False) is None else "chunked"
 
 

@@ -38,7 +38,7 @@ def gradients(
     assert apart is not None
     exits, initial = _state_gradients(inputs, dy, ends, tiles, interpret)
     # Every chunk is a strip from here on.
-    tiles = dataclasses.replace(tiles, strips=exits.shape[2], width=apart.width or tiles.width)
+    tiles = dataclasses.replace(tiles, strips=exits.shape[2])
     read = {"inputs": inputs, "saved": saved, "exits": exits, "dy": dy}
     return (
         _by_x_and_dt(Plan.of(inputs, tiles), read, interpret)

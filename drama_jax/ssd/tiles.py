@@ -22,8 +22,6 @@ class Apart:
     """Of that kernel."""
     parts: int = 1
     """Programs that share the heads of a group, as far as it divides their number."""
-    width: int | None = None
-    """As that of `Tiles`, of the kernels that take one chunk a program; None if those that walk take as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +134,9 @@ CUTS: dict[str, list[tuple[int, int, Tiles]]] = {
     ],
 }
 """Largest N, and up to it how many programs the strips should make, and the cut. In bfloat16, N to 32 is the fastest of
-`python -m benchmarks.ssd --tune` on a card, and N to 128 was the fastest there by hand (benchmarks/README.md); the
-others are, of the cuts tried with the compiler for an H100, those with the fewest registers spilt."""
+`python -m benchmarks.ssd --tune` on a card, and N to 128 of those of `--tune --strips` and by hand
+(benchmarks/README.md); the others are, of the cuts tried with the compiler for an H100, those with the fewest registers
+spilt."""
 
 
 def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 TILES = (
     Tiles(chunk=16, width=16, depth=32, strips=2),
     Tiles(chunk=16, width=32, depth=16, strips=4, backward_strips=3),
-    Tiles(chunk=16, width=16, depth=32, strips=2, backward_strips=3, apart=Apart(depth=16, parts=2, width=32)),
+    Tiles(chunk=16, width=16, depth=32, strips=2, backward_strips=3, apart=Apart(depth=16, parts=2)),
 )
 
 
@@ -205,12 +205,12 @@ def test_shapes_that_do_not_fit_are_refused(shape, message):
 def test_the_default_is_decided_in_one_place(monkeypatch):
     x, _, _, B, _ = small()
     assert default_implementation(x, B) == "chunked"
-    monkeypatch.setitem(ssd_module.FASTER, "float32", ((1, 1), (x.shape[1], B.shape[3])))
+    monkeypatch.setitem(ssd_module.FASTER, "float32", (x.shape[1], B.shape[3]))
     assert default_implementation(x, B) == "chunked"  # faster elsewhere, but there is no GPU here
     monkeypatch.setattr(fused, "why_not", lambda *args, **options: None)
     assert default_implementation(x, B) == "pallas"
     for wider, longer in ((1, 0), (0, 1)):
-        monkeypatch.setitem(ssd_module.FASTER, "float32", ((x.shape[1] - longer, B.shape[3] - wider),))
+        monkeypatch.setitem(ssd_module.FASTER, "float32", (x.shape[1] - longer, B.shape[3] - wider))
         assert default_implementation(x, B) == "chunked"
     assert default_implementation(x.astype(jnp.float16), B) == "chunked"
 
