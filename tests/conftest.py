@@ -30,8 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # pytest-xdist's workers find it in the environment
         directory = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
-        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory} | COMPILED
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": directory, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | COMPILED
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *compiler_flags()]).strip()
+    compile_fast(True)
     # What tracing makes is mostly there to stay; looking through it again and again takes a tenth of the time.
     gc.set_threshold(50_000, 20, 20)
     keep_to_one_core(getattr(config, "workerinput", None))
@@ -41,9 +42,26 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update(f"jax_{least}", float(os.environ[f"JAX_{least.upper()}"]))
 
 
+def compile_fast(fast: bool) -> None:
+    """Whether programs are compiled in a third of the time and take twice as long to run (by hand, preset tiny).
+
+    Most of the time goes into compilation, of programs that a test runs a few times.
+    """
+    jax.config.update("jax_disable_most_optimizations", fast)
+
+
+@pytest.fixture(scope="module")
+def compiled_well() -> Iterator[None]:
+    """For files that run one program some hundred times or more."""
+    compile_fast(False)
+    yield
+    compile_fast(True)
+
+
 def compiler_flags() -> list[str]:
     """For XLA: to compile for a CPU in half the time (by hand, with JAX 0.10). What comes out of it is as fast."""
-    flags = ["--xla_backend_optimization_level=1"]
+    # What is compiled is not divided, as there is one core.
+    flags = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):  # later versions do not know the flag, and stop at it
         # XLA's newer way to compile fused loops for a CPU takes three times as long.
         flags.append("--xla_cpu_use_fusion_emitters=false")
@@ -88,16 +106,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-MOST_BYTES = 2.5e9
+LEAST_BYTES = 3e9
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory() -> Iterator[None]:
-    """Forgets compiled programs after a file that leaves the process with more than `MOST_BYTES`."""
+    """Forgets compiled programs after a file that leaves the machine with less than `LEAST_BYTES` to give.
+
+    A process that has forgotten keeps most of its memory: it would forget after every file from then on.
+    """
     yield
-    statm = pathlib.Path("/proc/self/statm")  # there on Linux
-    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
-        jax.clear_caches()
+    meminfo = pathlib.Path("/proc/meminfo")  # there on Linux
+    if meminfo.exists():
+        kilobytes = dict(line.split(":") for line in meminfo.read_text().splitlines())["MemAvailable"].split()[0]
+        if 1024 * int(kilobytes) < LEAST_BYTES:
+            jax.clear_caches()
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from drama_jax.config import (
     ReplayConfig,
     WorldModelConfig,
 )
-from tests.tools import quick_jit
 
 ACTIONS = 3
 CONFIG = AgentConfig(
@@ -68,13 +67,13 @@ def at(stacked, index):
 def filled():
     """`filled(config, seed)`: an agent whose replay holds the warm-up steps."""
 
-    @quick_jit
+    @jax.jit
     def fill(state, steps):
         return jax.lax.scan(lambda s, step: (agent.observe(s, step), None), state, steps)[0]
 
     @functools.cache
     def make(config=CONFIG, seed=0):
-        init = quick_jit(agent.init, static_argnums=(1, 2))
+        init = jax.jit(agent.init, static_argnums=(1, 2))
         return fill(init(jax.random.key(seed), config, ACTIONS), transitions(config.warmup_steps, seed))
 
     return make
@@ -84,7 +83,7 @@ def filled():
 def update():
     """The jitted, donated update, which fails when it traces a configuration twice."""
     chex.clear_trace_counter()
-    return quick_jit(chex.assert_max_traces(agent.update, n=2), donate_argnums=0)  # xs and reference
+    return jax.jit(chex.assert_max_traces(agent.update, n=2), donate_argnums=0)  # xs and reference
 
 
 def copied(state):
@@ -164,7 +163,7 @@ def test_vmap_over_states_equals_each_alone(filled, update):
     )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
     steps = transitions(2, seed=5)
-    batched = quick_jit(jax.vmap(agent.update))
+    batched = jax.jit(jax.vmap(agent.update))
     for i in range(2):
         both = jax.tree.map(lambda x: jnp.stack([x, x]), at(steps, i))
         stacked, metrics = batched(stacked, both)
@@ -180,7 +179,7 @@ def test_vmap_over_states_equals_each_alone(filled, update):
 
 @pytest.fixture(scope="module")
 def imagine():
-    return quick_jit(agent.imagine)
+    return jax.jit(agent.imagine)
 
 
 def context(state, starts=(0, 1, 2, 3)):
@@ -213,7 +212,7 @@ def test_statistics_move_in_imagination_only_as_released(filled, imagine):
 
 @pytest.fixture(scope="module")
 def act():
-    return quick_jit(agent.act, static_argnames="greedy")
+    return jax.jit(agent.act, static_argnames="greedy")
 
 
 def run_episode(act, state, frames, key, first_step=0):
@@ -290,8 +289,8 @@ def test_first_action_comes_from_the_policy_or_is_random(filled, act):
 def test_video_and_reconstruction_shapes(filled):
     state = filled()
     batch = replay.gather(state.replay, jnp.asarray([0, 2]), 6)
-    video = quick_jit(agent.imagine_video, static_argnums=3)(state, batch, jax.random.key(0), 3)
-    frames = quick_jit(agent.reconstruct)(state, batch.frames, jax.random.key(0))
+    video = jax.jit(agent.imagine_video, static_argnums=3)(state, batch, jax.random.key(0), 3)
+    frames = jax.jit(agent.reconstruct)(state, batch.frames, jax.random.key(0))
     for out in (video, frames):
         assert out.shape == (2, 6, 8, 8, 3)
         assert float(out.min()) >= 0

@@ -21,7 +21,6 @@ from drama_jax.config import (
     ReplayConfig,
     WorldModelConfig,
 )
-from tests.tools import quick_jit
 
 ACTIONS, CONTEXT, HORIZON = 3, 3, 4
 RATE = OptimizerConfig(learning_rate=1e-3, warmup_updates=0)
@@ -109,7 +108,7 @@ def test_an_imagined_episode_ends_with_the_predicted_probability_or_where_it_is_
     head = state.world_model.params["termination_head"]["output"]
     head["kernel"] *= 0
     context = replay.gather(state.replay, np.arange(100, dtype=np.int32) % 12, CONTEXT)
-    imagine = quick_jit(lambda state: agent.imagine(state, context, jax.random.key(2))[0])
+    imagine = jax.jit(lambda state: agent.imagine(state, context, jax.random.key(2))[0])
     head["bias"] = np.log([3 / 7], dtype=np.float32)
     ended = imagine(state).terminations
     assert ended.shape == (100, HORIZON) and ended.dtype == bool
@@ -120,7 +119,7 @@ def test_an_imagined_episode_ends_with_the_predicted_probability_or_where_it_is_
 
 def test_a_whole_update_with_rwkv_and_ppo():
     state = filled(config("rwkv", "ppo"))
-    after, metrics = quick_jit(agent.update)(state, jax.tree.map(lambda x: x[17], transitions()))
+    after, metrics = jax.jit(agent.update)(state, jax.tree.map(lambda x: x[17], transitions()))
     assert_moved(state.world_model.params, after.world_model.params)
     assert_moved(state.behaviour.params, after.behaviour.params)
     chex.assert_tree_all_finite(metrics)

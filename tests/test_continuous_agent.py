@@ -23,7 +23,6 @@ from drama_jax.config import (
 )
 from drama_jax.envs.jax_env import JaxEnv, JaxEnvState, Outcome
 from drama_jax.training import in_graph
-from tests.tools import quick_jit
 
 VECTOR = AutoencoderConfig(vector_size=3, vector_layers=1, vector_units=16, categoricals=4, classes=4)
 CONFIG = AgentConfig(
@@ -87,7 +86,7 @@ def test_a_vector_goes_through_the_autoencoder(x64):
         assert embedding.shape == (2, 16) and outputs.shape == (2, 3) and moved == stats
         return jnp.square(outputs - inputs).sum(), (inputs, vae.to_frames(VECTOR, inputs), probs)
 
-    @quick_jit
+    @jax.jit
     def everything(params, directions):
         (_, seen), gradient = jax.value_and_grad(error, has_aux=True)(params)
 
@@ -119,7 +118,7 @@ def test_a_continuous_action_takes_part_by_the_rows_that_a_discrete_one_picks(x6
     shapes = jax.eval_shape(discrete.init, jax.random.key(3), latent, index)
     variables = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape)), shapes)
 
-    @quick_jit
+    @jax.jit
     def features(variables):
         one, _ = discrete.apply(variables, latent, index)
         same, _ = continuous.apply(variables, latent, jax.nn.one_hot(index, 3, dtype=jnp.float32))
@@ -153,7 +152,7 @@ def test_the_reconstruction_loss_is_a_squared_error_of_symlog_values():
         reward_logits=np.zeros((2, 8, 255), np.float32),
         termination_logits=zeros,
     )
-    _, terms = quick_jit(lambda out, batch: world_model.losses(CONFIG.world_model, out, batch, None))(out, batch)
+    _, terms = jax.jit(lambda out, batch: world_model.losses(CONFIG.world_model, out, batch, None))(out, batch)
     expected = np.square(outputs - np.sign(frames) * np.log1p(np.abs(frames))).sum(axis=-1).mean()
     np.testing.assert_allclose(terms["reconstruction_loss"], expected, rtol=1e-5)
 
@@ -218,7 +217,7 @@ def trained():
         return after, actions, metrics
 
     before = plausible(shapes(), 2)
-    return before, *quick_jit(jax.vmap(run))(before)
+    return before, *jax.jit(jax.vmap(run))(before)
 
 
 def test_updates_of_two_seeds_are_finite_and_move_everything(trained):

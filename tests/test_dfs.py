@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 
 from drama_jax import dfs
-from tests.tools import quick_jit
 
 SETTINGS = [("a1.0_b1.0_t10_it10", 1.0, 1.0, 10.0, 10.0), ("a0.5_b2.0_t20_it5", 0.5, 2.0, 20.0, 5.0)]
 SETTINGS += [("a0.0_b0.0_t20_it20", 0.0, 0.0, 20.0, 20.0)]
@@ -54,7 +53,7 @@ def test_logits_in_literal_cases():
 def test_temperature_may_be_traced_and_sets_the_dtype(x64):
     trained = jnp.arange(5, dtype=jnp.int32)
     for dtype in (jnp.float32, jnp.float64):
-        logits = quick_jit(dfs.training_logits)(trained, jnp.asarray(4.0, dtype))
+        logits = jax.jit(dfs.training_logits)(trained, jnp.asarray(4.0, dtype))
         assert logits.dtype == dtype
         np.testing.assert_allclose(logits, -np.arange(5) / 4)
     assert dfs.training_logits(trained, 4.0).dtype == jnp.float64
@@ -71,7 +70,7 @@ def test_huge_counters_give_a_valid_draw():
 
 @functools.cache
 def _sampler(num):
-    return quick_jit(functools.partial(dfs.sample, num=num))
+    return jax.jit(functools.partial(dfs.sample, num=num))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -103,7 +102,7 @@ def test_largest_is_top_k_with_equals_in_their_order(size, share, levels, seed):
     num = max(1, min(16, int(share * size)))
     rng = np.random.default_rng(seed)
     values = jnp.asarray(np.where(rng.random(size) < 0.3, -np.inf, rng.integers(levels, size=size)), jnp.float32)
-    found = quick_jit(dfs.largest, static_argnums=1)(values, num)
+    found = jax.jit(dfs.largest, static_argnums=1)(values, num)
     np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:num])
 
 
@@ -117,7 +116,7 @@ def test_largest_sorts_nothing_for_few_of_a_full_replay(num, sorts):
 
 def test_largest_is_int32_in_float64_too(x64):
     values = jax.random.gumbel(jax.random.key(1), (5_000,))
-    found = quick_jit(dfs.largest, static_argnums=1)(values, 16)
+    found = jax.jit(dfs.largest, static_argnums=1)(values, 16)
     assert values.dtype == jnp.float64 and found.dtype == jnp.int32
     np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:16])
 

@@ -15,7 +15,6 @@ from drama_jax.envs.jax_env import JaxEnv
 from drama_jax.training import in_graph
 from drama_jax.training.loop_state import Seat
 from experiments.jax_presets import PRESETS
-from tests.tools import quick_jit
 
 ACTIONS = 1_000_000_000  # so many that two draws are never the same
 
@@ -78,7 +77,7 @@ def test_actions_of_the_loop_in_one_program_last_too():
 
     def actions(repeats):
         kept = dataclasses.replace(config, warmup_repeats=repeats, warmup_steps=steps)
-        play = quick_jit(lambda key: in_graph.play_randomly(env, steps, in_graph.begin(kept, env, key))[0])
+        play = jax.jit(lambda key: in_graph.play_randomly(env, steps, in_graph.begin(kept, env, key))[0])
         return np.asarray(play(jax.random.key(0)).agent.replay.actions[:steps])
 
     # Of three actions a third repeat by chance: 267 runs. Durations of exponent 2 up to 400 are 4 on average.

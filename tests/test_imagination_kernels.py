@@ -13,7 +13,6 @@ from drama_jax.behaviour import gpu_actor
 from drama_jax.config import preset
 from drama_jax.nn import gpu_keys, gpu_sample, gpu_side_by_side
 from drama_jax.replay import Batch
-from tests.tools import quick_jit
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def inputs():
     def jitter(params, scale):
         return jax.tree.map(lambda a: a + scale * jax.random.normal(jax.random.key(a.size), a.shape, a.dtype), params)
 
-    @quick_jit  # one compilation instead of one for every shape
+    @jax.jit  # one compilation instead of one for every shape
     def make(key):
         state = agent.init(key, config, 6)
         model = state.world_model.replace(params=jitter(state.world_model.params, 0.05))
@@ -70,10 +69,10 @@ def inputs():
 
 
 def test_imagination_is_the_same(inputs, request):
-    expected, _ = quick_jit(agent.imagine)(*inputs, jax.random.key(7))
+    expected, _ = jax.jit(agent.imagine)(*inputs, jax.random.key(7))
     calls = request.getfixturevalue("kernels")
     # A new function: a compiled one would be found again.
-    actual, _ = quick_jit(lambda *arguments: agent.imagine(*arguments))(*inputs, jax.random.key(7))
+    actual, _ = jax.jit(lambda *arguments: agent.imagine(*arguments))(*inputs, jax.random.key(7))
     layers = inputs[0].config.world_model.backbone.num_layers
     assert calls == {
         "sample_latent": 3,  # posterior, first prior, and the step's: that is traced once
@@ -101,9 +100,9 @@ def test_acting_is_the_same(inputs, request):
         length=jnp.asarray([0, 2, context], jnp.int32),
     )
     arguments = state, acting, batch.frames[:envs, 0], jax.random.key(3), jnp.zeros(envs, bool)
-    expected, _ = quick_jit(agent.act)(*arguments)
+    expected, _ = jax.jit(agent.act)(*arguments)
     calls = request.getfixturevalue("kernels")
-    actual, _ = quick_jit(lambda *arguments: agent.act(*arguments))(*arguments)
+    actual, _ = jax.jit(lambda *arguments: agent.act(*arguments))(*arguments)
     assert calls == {"sample_latent": 2, "choose_actions": 1}
     np.testing.assert_array_equal(actual, expected)
 
@@ -124,9 +123,7 @@ def test_without_a_promise_of_one_hot_latents_the_kernels_do_not_serve(inputs, k
 def test_latents_are_one_hot_and_of_the_compute_dtype(inputs):
     state, batch = inputs
     wm = state.config.world_model
-    sample = quick_jit(latents.sample_posterior, static_argnums=0)(
-        wm, state.world_model, jax.random.key(1), batch.frames
-    )
+    sample = jax.jit(latents.sample_posterior, static_argnums=0)(wm, state.world_model, jax.random.key(1), batch.frames)
     c = wm.autoencoder
     assert sample.shape == (*batch.actions.shape, c.latent_size) and sample.dtype == jnp.float32
     groups = sample.reshape(*batch.actions.shape, c.categoricals, c.classes)
@@ -137,7 +134,7 @@ def test_samples_are_those_of_the_heads_distributions(inputs):
     state, batch = inputs
     wm, params, key = state.config.world_model, state.world_model.params, jax.random.key(2)
 
-    @quick_jit
+    @jax.jit
     def both(state, frames):
         hidden = jax.random.normal(key, (5, wm.backbone.width))
         prior = latents.sample_prior(wm, params, key, hidden), world_model.prior(wm, params, hidden)
@@ -158,7 +155,7 @@ def test_steps_side_by_side_are_the_stacked_ones(first):
     def joined(z, d):
         return gpu_side_by_side.side_by_side(list(zip(z, d)), first, interpret=True)
 
-    features, hiddens = quick_jit(jax.vmap(joined, in_axes=1))(z, d)
+    features, hiddens = jax.jit(jax.vmap(joined, in_axes=1))(z, d)
     expected = np.concatenate([z, d], axis=-1)
     np.testing.assert_array_equal(features, expected.transpose(1, 2, 0, 3))
     np.testing.assert_array_equal(hiddens, np.asarray(d)[first : first + steps - 1].transpose(1, 2, 0, 3))

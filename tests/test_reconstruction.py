@@ -8,7 +8,6 @@ import pytest
 from drama_jax import vae
 from drama_jax.config import AutoencoderConfig
 from drama_jax.world_model.reconstruction import reconstruction_loss
-from tests.tools import quick_jit
 
 B, T = 2, 3
 CONFIG = AutoencoderConfig(image_size=4, image_channels=1, depths=(2, 2), categoricals=2, classes=2)
@@ -50,8 +49,8 @@ def test_gradient_of_the_squared_error_is_the_automatic_one(config, x64):
         target = vae.to_inputs(config, seen.reshape(-1, *config.frame_shape), x.dtype).reshape(x.shape)
         return jnp.sum(weights * jnp.square(x - target).reshape(B, T, -1).sum(-1))
 
-    ours = quick_jit(jax.value_and_grad(lambda x: jnp.sum(weights * reconstruction_loss(config, x, seen))))(x)
-    for mine, automatic in zip(ours, quick_jit(jax.value_and_grad(plain))(x)):
+    ours = jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * reconstruction_loss(config, x, seen))))(x)
+    for mine, automatic in zip(ours, jax.jit(jax.value_and_grad(plain))(x)):
         # A vector's symlog is of float32, and rounds as the compiler likes.
         tolerance = {"atol": 1e-6} if config.vector_size else {"rtol": 1e-12}
         np.testing.assert_allclose(mine, automatic, **tolerance)
@@ -78,6 +77,6 @@ def test_biased_sigmoid_has_the_automatic_gradients(channels, x64):
     def plain(y, bias):
         return jnp.sum(weights * jax.nn.sigmoid(y[..., :8] + jnp.tile(bias, 4)))
 
-    ours = quick_jit(jax.grad(lambda y, bias: jnp.sum(weights * vae.biased_sigmoid(y, bias, 4)), (0, 1)))(y, bias)
+    ours = jax.jit(jax.grad(lambda y, bias: jnp.sum(weights * vae.biased_sigmoid(y, bias, 4)), (0, 1)))(y, bias)
     for mine, automatic in zip(ours, jax.grad(plain, (0, 1))(y, bias)):
         np.testing.assert_allclose(mine, automatic, rtol=1e-12, atol=1e-15)

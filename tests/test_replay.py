@@ -12,7 +12,6 @@ from hypothesis import given, settings
 
 from drama_jax import dfs, replay
 from drama_jax.config import ReplayConfig
-from tests.tools import quick_jit
 
 CAPACITY, LENGTH, NUM = 11, 4, 3
 IMAGE = (2, 3, 1)
@@ -32,15 +31,15 @@ def _transition(i):
 
 
 _add = jax.jit(replay.add, donate_argnums=0)
-_gather = quick_jit(functools.partial(replay.gather, length=LENGTH))
+_gather = jax.jit(functools.partial(replay.gather, length=LENGTH))
 
 
-@quick_jit
+@jax.jit
 def _sample(ring, key):
     return replay.sample_training(CONFIG, ring, key, NUM, LENGTH)
 
 
-@quick_jit
+@jax.jit
 def _imagine(ring, key):
     return replay.sample_imagination(CONFIG, ring, key, NUM, 2, 1.0)
 
@@ -216,8 +215,8 @@ def test_vmap_over_replays_equals_loop():
         starts, ring = replay.sample_training(CONFIG, ring, key, NUM, LENGTH)
         return replay.gather(ring, starts, LENGTH), ring
 
-    stacked = quick_jit(jax.vmap(cycle))(jax.tree.map(lambda *x: jnp.stack(x), *rings), keys)
-    single = quick_jit(cycle)
+    stacked = jax.jit(jax.vmap(cycle))(jax.tree.map(lambda *x: jnp.stack(x), *rings), keys)
+    single = jax.jit(cycle)
     for i, (ring, key) in enumerate(zip(rings, keys)):
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), stacked, single(ring, key))
 

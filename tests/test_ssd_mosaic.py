@@ -14,7 +14,7 @@ from benchmarks import processes, ssd_mosaic
 from benchmarks import ssd as bench
 from benchmarks.ssd_mosaic import VARIANTS, Variant
 from drama_jax.ssd import ssd
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
 ELEVEN = jax.__version_info__ >= (0, 11)
 needs_interpreter = pytest.mark.skipif(
@@ -38,10 +38,10 @@ def numbers(shape):
     ids=["sums_by_xla", "two_warpgroups_sums_inside"],
 )
 def test_the_kernel_equals_chunked(shape, variant):
-    inputs = quick_jit(numbers, static_argnums=0)(shape)
+    inputs = jax.jit(numbers, static_argnums=0)(shape)
     found = ssd_mosaic.scan(**inputs, variant=variant, interpret=plgpu.InterpretGPUParams(detect_races=True))
     wide = {name: value.astype(jnp.float32) for name, value in inputs.items()}
-    reference = quick_jit(ssd, static_argnames="implementation")(**wide, implementation="chunked")
+    reference = jax.jit(ssd, static_argnames="implementation")(**wide, implementation="chunked")
     for actual, expected in zip(found, reference):
         actual, expected = np.asarray(actual.astype(jnp.float32)), np.asarray(expected)
         # Operands of products are rounded to 8 bits.

@@ -8,7 +8,7 @@ import pytest
 from drama_jax import distributions, interop, vae
 from drama_jax.config import AutoencoderConfig
 from drama_jax.nn import depth_to_space, space_to_depth
-from tests.tools import assert_trees_close, named, quick_jit
+from tests.tools import assert_trees_close, named
 
 LAYOUTS = {
     "m12344": AutoencoderConfig(depths=(4, 8, 12, 16, 16), categoricals=8, classes=8),
@@ -65,7 +65,7 @@ def check(config, data, mode, loss, out):
 def test_training_mode_matches_released_code(case):
     config, data, params, fresh = case
     objective = jax.value_and_grad(lambda p: run(config, data, p, fresh, "train"), has_aux=True)
-    (loss, out), grads = quick_jit(objective)(params)
+    (loss, out), grads = jax.jit(objective)(params)
     check(config, data, "train", loss, out)
     expected = interop.from_torch(named(data, "train/grad/"))["params"]
     # Biases in front of a batch norm: the released code stores rounding noise where the gradient is zero.
@@ -81,7 +81,7 @@ def test_evaluation_mode_matches_released_code(case):
     config, data, params, _ = case
     moved = interop.from_torch(named(data, "buffer_after_train/"))["batch_stats"]
     moved = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), moved)
-    loss, out = quick_jit(lambda p, s: run(config, data, p, s, "eval"))(params, moved)
+    loss, out = jax.jit(lambda p, s: run(config, data, p, s, "eval"))(params, moved)
     check(config, data, "eval", loss, out)
     mode = jax.nn.one_hot(jnp.argmax(out[1], axis=-1), config.classes)
     np.testing.assert_array_equal(mode, data["decode_mode_sample"])

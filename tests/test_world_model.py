@@ -14,7 +14,7 @@ from drama_jax import distributions, interop, optim, world_model
 from drama_jax.config import AutoencoderConfig, BackboneConfig, OptimizerConfig, WorldModelConfig, preset
 from drama_jax.nn import depth_to_space
 from drama_jax.replay import Batch
-from tests.tools import assert_trees_close, flat, named, quick_jit
+from tests.tools import assert_trees_close, flat, named
 
 CONFIG = WorldModelConfig(
     autoencoder=AutoencoderConfig(depths=(4, 8, 12, 16, 16), categoricals=8, classes=8),
@@ -80,7 +80,7 @@ def test_three_updates_match_released_code(data, x64):
     start, batch = state.params, golden_batch(data)
     gradient = value_and_grad(CONFIG, batch)
 
-    @quick_jit  # one program: what gradient and update have in common is compiled once
+    @jax.jit  # one program: what gradient and update have in common is compiled once
     def run(state, gumbel):
         updated = world_model.update(CONFIG, state, batch, gumbel, None, num_actions=ACTIONS)
         return gradient(state.params, state.batch_stats, gumbel), updated
@@ -155,7 +155,7 @@ def test_float32_losses_and_gradients(data):
     config = WorldModelConfig(**{**vars(CONFIG), "compute_dtype": "float32"})
     state = initial_state(data, config, jnp.float32)
     gumbel = jnp.asarray(data["step1/gumbel"])
-    gradient = quick_jit(value_and_grad(config, golden_batch(data)))
+    gradient = jax.jit(value_and_grad(config, golden_batch(data)))
     (_, (terms, _, _)), grads = gradient(state.params, state.batch_stats, gumbel)
     for ours, theirs in LOSSES.items():
         if ours != "grad_norm":
@@ -205,7 +205,7 @@ def test_initialisation_matches_released_statistics():
     table = json.loads((pathlib.Path(__file__).parent / "golden" / "param_shapes_XS_old.json").read_text())
     stats = table["init_stats(mean,std,min,max) action_dim=4 Mamba2 seed0"]
     config = WorldModelConfig(compute_dtype="float32")
-    params = quick_jit(lambda key: world_model.init(key, config, 4).params)(jax.random.key(0))
+    params = jax.jit(lambda key: world_model.init(key, config, 4).params)(jax.random.key(0))
     shapes = table["action_dim=4,backbone=Mamba2"]["world_model"]
     ours = flat(params)
     for name, (mean, std, low, high) in ((n, s) for n, s in stats.items() if n in shapes):
@@ -243,11 +243,11 @@ TINY = WorldModelConfig(
 def test_nothing_crosses_an_episode_start():
     """With segment ids, what comes after an episode start is independent of the actions before it; without, not."""
     batch = tiny_batch(np.random.default_rng(0))
-    state = quick_jit(lambda key: world_model.init(key, TINY, ACTIONS))(jax.random.key(0))
+    state = jax.jit(lambda key: world_model.init(key, TINY, ACTIONS))(jax.random.key(0))
     gumbel = jax.random.gumbel(jax.random.key(1), (2, 6, 4, 4))
     segments = jnp.asarray([[0, 0, 0, 1, 1, 1], [1, 1, 1, 2, 2, 2]])
 
-    @quick_jit
+    @jax.jit
     def features(actions, segment_ids):
         out, _ = world_model.forward(
             TINY,

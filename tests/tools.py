@@ -1,15 +1,11 @@
 """Helpers shared by tests."""
 
-import functools
 import json
 
 import flax.traverse_util
 import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""`jax.jit` that compiles in half the time and runs slower: for what a test runs a few times only."""
 
 
 def lower_for_cuda(function, *arguments):

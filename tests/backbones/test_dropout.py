@@ -13,7 +13,6 @@ import pytest
 from drama_jax import agent, backbones, world_model
 from drama_jax.backbones.transformer_block import TransformerBlock
 from drama_jax.config import BackboneConfig, ConfigError, preset
-from tests.tools import quick_jit
 
 SIZES = {"name": "transformer", "width": 8, "head_dim": 4, "num_layers": 2, "max_length": 6}
 LATENT = np.random.default_rng(0).normal(size=(2, 6, 5)).astype(np.float32)
@@ -29,13 +28,13 @@ def run(**rates):
     def features(variables, latent, key=None):
         return module.apply(variables, latent, ACTION, rngs={} if key is None else {"dropout": key})[0]
 
-    return quick_jit(features)
+    return jax.jit(features)
 
 
 @pytest.fixture(scope="module")
 def variables():
     module = backbones.make(BackboneConfig(**SIZES), 3, jnp.float32)
-    return quick_jit(module.init)(jax.random.key(0), LATENT, ACTION)
+    return jax.jit(module.init)(jax.random.key(0), LATENT, ACTION)
 
 
 def test_without_a_key_or_a_rate_nothing_is_dropped(variables):

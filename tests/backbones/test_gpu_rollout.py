@@ -11,14 +11,14 @@ import pytest
 from drama_jax.backbones import gpu_dense, gpu_mixer, gpu_rollout, mamba2, parts
 from drama_jax.config import BackboneConfig, preset
 from drama_jax.nn import rms_norm
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
 KEY = jax.random.key(0)
 CONFIG = BackboneConfig(width=32, head_dim=16, state_dim=16)
 B, T, L = 3, 5, 4
 OPTIONS = {"epsilon": 1e-5, "interpret": True}
-mixer_context = quick_jit(functools.partial(gpu_mixer.mixer_context, horizon=L, **OPTIONS))
-mixer_step = quick_jit(functools.partial(gpu_mixer.mixer_step, **OPTIONS))
+mixer_context = jax.jit(functools.partial(gpu_mixer.mixer_context, horizon=L, **OPTIONS))
+mixer_step = jax.jit(functools.partial(gpu_mixer.mixer_step, **OPTIONS))
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
@@ -37,7 +37,7 @@ def close(actual, expected, dtype):
 def mixer(request):
     module = mamba2.Mamba2Mixer(CONFIG, request.param)
     start = mamba2.Mamba2Backbone(CONFIG, 2, request.param).initial_state(B).layers[0]
-    return module, jitter(quick_jit(module.init)(KEY, jnp.zeros((B, 2, 32)), start)), request.param
+    return module, jitter(jax.jit(module.init)(KEY, jnp.zeros((B, 2, 32)), start)), request.param
 
 
 def in_proj(module, variables, x):
@@ -57,8 +57,8 @@ def test_context_and_steps_equal_the_mixer(mixer, time):
     u = jax.random.normal(KEY, (B, time, 32))
     index = jax.random.randint(KEY, (B, time), 0, 2).cumsum(axis=1).astype(jnp.int32)
     open_window = functools.partial(module.apply, horizon=L, unrolled=False, method="open_window")
-    expected, window = quick_jit(open_window)(variables, u, index)
-    plain_step = quick_jit(functools.partial(module.apply, method="step"))
+    expected, window = jax.jit(open_window)(variables, u, index)
+    plain_step = jax.jit(functools.partial(module.apply, method="step"))
     normed, mine = mixer_context(in_proj(module, variables, u), index, weights)
     close(out_proj(module, variables, normed), expected, dtype)
     close(mine.context_weights, window.weights[:, :time], dtype)
@@ -89,10 +89,10 @@ def test_steps_vmap_over_seeds(mixer):
     u = in_proj(module, variables, jax.random.normal(KEY, (2, B, T, 32)))
     v = in_proj(module, variables, jax.random.normal(KEY, (2, B, 32)))
     stacked = jax.tree.map(lambda a: jnp.stack([a, 0.9 * a]), weights)
-    batched = quick_jit(jax.vmap(run))(u, v, stacked)
+    batched = jax.jit(jax.vmap(run))(u, v, stacked)
     for seed in range(2):
         one = jax.tree.map(lambda a, seed=seed: a[seed], (u, v, stacked))
-        jax.tree.map(lambda a, b, seed=seed: close(a[seed], b, jnp.float32), batched, quick_jit(run)(*one))
+        jax.tree.map(lambda a, b, seed=seed: close(a[seed], b, jnp.float32), batched, jax.jit(run)(*one))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,13 +110,13 @@ def test_stem_and_residual_equal_the_modules(dtype):
 
     residual = module.apply({"params": stem}, latent, action)
     embed = functools.partial(gpu_dense.embed, classes=classes, eps=(1e-6, 1e-5), interpret=True)
-    mine = quick_jit(embed)(latent, action, stem, block_scale)
+    mine = jax.jit(embed)(latent, action, stem, block_scale)
     close(mine[0], residual, jnp.float32)
     close(mine[1], norm(residual), dtype)
 
     update = jax.random.normal(jax.random.key(1), residual.shape).astype(dtype)
     add = functools.partial(gpu_dense.add, eps=1e-5, interpret=True)
-    mine = quick_jit(add)(residual, update, block_scale)
+    mine = jax.jit(add)(residual, update, block_scale)
     total = residual + update.astype(jnp.float32)
     np.testing.assert_array_equal(mine[0], total)
     close(mine[1], norm(total), dtype)

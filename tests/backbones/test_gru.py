@@ -8,7 +8,6 @@ import numpy as np
 
 from drama_jax.backbones.gru import GruBlock, GruLayerState
 from drama_jax.config import BackboneConfig
-from tests.tools import quick_jit
 
 
 def sigmoid(x):
@@ -21,7 +20,7 @@ def test_a_step_is_that_of_the_equations(x64):
     state, x = GruLayerState(hidden=rng.normal(size=(2, 4))), rng.normal(size=(2, 6))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, state, method="step"))
     variables = jax.tree.map(lambda leaf: 0.1 + 0.5 * rng.normal(size=leaf.shape), shapes)
-    out, after = quick_jit(lambda *a: module.apply(*a, method="step"))(variables, x, state)
+    out, after = jax.jit(lambda *a: module.apply(*a, method="step"))(variables, x, state)
     p = variables["params"]
     normed = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-5) * p["norm"]["scale"]
     gates = normed @ p["in_proj"]["kernel"] + state.hidden @ p["recurrent"]

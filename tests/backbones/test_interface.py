@@ -11,7 +11,6 @@ import pytest
 
 from drama_jax import backbones
 from drama_jax.config import BackboneConfig, ConfigError
-from tests.tools import quick_jit
 
 NAMES = ("mamba", "gru", "transformer", "rwkv")  # mamba2 has files of its own
 BATCH, TIME, LATENT, ACTIONS, POSITIONS = 3, 8, 6, 3, 10
@@ -37,7 +36,7 @@ def stack(trees):
 
 def numpy(function, **options):
     """`function` compiled, its results as numpy arrays: what a test does to jax arrays is compiled, too."""
-    compiled = quick_jit(functools.partial(function, **options))
+    compiled = jax.jit(functools.partial(function, **options))
     return lambda *arguments, **named: jax.tree.map(np.asarray, compiled(*arguments, **named))
 
 

@@ -14,7 +14,6 @@ from drama_jax import backbones
 from drama_jax.backbones import torch_names
 from drama_jax.backbones.mamba2 import Mamba2LayerState, Mamba2Mixer
 from drama_jax.config import BackboneConfig, ConfigError
-from tests.tools import quick_jit
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SMALL = BackboneConfig(width=64, head_dim=16, state_dim=16, chunk_size=8)
@@ -49,7 +48,7 @@ def test_mixer_output_and_gradients_match_golden(mixer):
     data, module, params, state = mixer
     w = jnp.asarray(data["w"], jnp.float64)
 
-    @quick_jit
+    @jax.jit
     def run(params, u):
         def loss(params, u):
             out, _ = module.apply({"params": params}, u, state)
@@ -70,13 +69,13 @@ def test_mixer_prefill_then_steps_match_golden(mixer, prefill):
     u = jnp.asarray(data["u"], jnp.float64)
     out = []
     if prefill:
-        y, state = quick_jit(module.apply)({"params": params}, u[:, :prefill], state)
+        y, state = jax.jit(module.apply)({"params": params}, u[:, :prefill], state)
         out = list(jnp.moveaxis(y, 1, 0))
         # The released conv state holds one input more than the next step needs.
         newest = np.moveaxis(data[f"prefill{prefill}_conv_state"], 1, 2)[:, 1:]
         np.testing.assert_allclose(state.conv, newest, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(state.ssm, data[f"prefill{prefill}_ssm_state"], rtol=1e-9, atol=1e-12)
-    step = quick_jit(lambda u_t, state: module.apply({"params": params}, u_t, state, method="step"))
+    step = jax.jit(lambda u_t, state: module.apply({"params": params}, u_t, state, method="step"))
     for t in range(prefill, 20):
         y_t, state = step(u[:, t], state)
         out.append(y_t)
@@ -100,7 +99,7 @@ def test_sequence_model_matches_golden(golden, x64):
     params = _to(params, jnp.float64)
     module = backbones.make(SMALL, 5, jnp.float64)
 
-    @quick_jit
+    @jax.jit
     def run(params, latent):
         def loss(params, latent):
             out, _ = module.apply({"params": params}, latent, action)
@@ -120,9 +119,9 @@ def test_sequence_model_decodes_as_golden(golden, x64):
     variables = {"params": _to(params, jnp.float64)}
     module = backbones.make(SMALL, 5, jnp.float64)
     latent = jnp.asarray(data["stoch"], jnp.float64)
-    prefix, state = quick_jit(module.apply)(variables, latent[:, :5], action[:, :5])
+    prefix, state = jax.jit(module.apply)(variables, latent[:, :5], action[:, :5])
     out = list(jnp.moveaxis(prefix, 1, 0))
-    step = quick_jit(lambda z, a, state: module.apply(variables, z, a, state, method="step"))
+    step = jax.jit(lambda z, a, state: module.apply(variables, z, a, state, method="step"))
     for t in range(5, 12):
         feature, state = step(latent[:, t], action[:, t], state)
         out.append(feature)
@@ -132,7 +131,7 @@ def test_sequence_model_decodes_as_golden(golden, x64):
 def test_sequence_model_float32(golden):
     data, params, action = _whole_model(golden)
     module = backbones.make(SMALL, 5, jnp.float32)
-    out, _ = quick_jit(module.apply)({"params": _to(params, jnp.float32)}, jnp.asarray(data["stoch"]), action)
+    out, _ = jax.jit(module.apply)({"params": _to(params, jnp.float32)}, jnp.asarray(data["stoch"]), action)
     assert out.dtype == jnp.float32
     _assert_close(out, data["Mamba2/out"], 1e-5)
 
@@ -142,7 +141,7 @@ def test_sequence_model_bfloat16(golden):
     module = backbones.make(SMALL, 5, jnp.bfloat16)
     variables = {"params": _to(params, jnp.float32)}
     latent = jnp.asarray(data["stoch"], jnp.bfloat16)
-    out, state = quick_jit(module.apply)(variables, latent, action)
+    out, state = jax.jit(module.apply)(variables, latent, action)
     assert out.dtype == jnp.float32
     assert {layer.ssm.dtype for layer in state.layers} == {np.dtype("float32")}
     assert {layer.conv.dtype for layer in state.layers} == {np.dtype(jnp.bfloat16)}
@@ -187,18 +186,18 @@ def test_torch_names_report_missing_and_unknown(golden):
 MODULE = backbones.make(TINY, 3, jnp.float64)
 
 
-@quick_jit
+@jax.jit
 def _init(key, latent, action):
     # Larger than initial weights: every path must matter.
     return jax.tree.map(lambda leaf: leaf * 2 + 0.1, MODULE.init(key, latent, action))
 
 
-@quick_jit
+@jax.jit
 def _apply(variables, latent, action, state, segment_ids):
     return MODULE.apply(variables, latent, action, state=state, segment_ids=segment_ids)
 
 
-@quick_jit
+@jax.jit
 def _step(variables, latent, action, state):
     return MODULE.apply(variables, latent, action, state, method="step")
 
@@ -209,7 +208,7 @@ def _loss(variables, latent, action):
     return jnp.sum(jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape) * out)
 
 
-_gradient = quick_jit(jax.grad(_loss))
+_gradient = jax.jit(jax.grad(_loss))
 
 
 @pytest.fixture
@@ -271,7 +270,7 @@ def test_vmap_over_seeds_equals_a_loop(tiny):
     variables, latent, action = tiny
     both = [variables, jax.tree.map(lambda leaf: leaf * 0.9, variables)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
-    batched = quick_jit(jax.vmap(jax.grad(_loss), in_axes=(0, None, None)))(stacked, latent, action)
+    batched = jax.jit(jax.vmap(jax.grad(_loss), in_axes=(0, None, None)))(stacked, latent, action)
     for n, each in enumerate(both):
         _assert_trees_close(jax.tree.map(lambda leaf, n=n: leaf[n], batched), _gradient(each, latent, action))
 
@@ -281,7 +280,7 @@ def test_the_action_row_has_the_right_gradient(tiny):
     direction = jax.tree.map(jnp.zeros_like, variables)
     direction["params"]["stem"]["kernel"] = direction["params"]["stem"]["kernel"].at[-2, ::3].set(1.0)
     gradient = _gradient(variables, latent, action)["params"]["stem"]["kernel"][-2, ::3].sum()
-    loss = quick_jit(_loss)
+    loss = jax.jit(_loss)
     up, down = (jax.tree.map(lambda v, d, h=h: v + h * d, variables, direction) for h in (1e-5, -1e-5))
     difference = (loss(up, latent, action) - loss(down, latent, action)) / 2e-5
     assert abs(gradient) > 1e-2
@@ -290,7 +289,7 @@ def test_the_action_row_has_the_right_gradient(tiny):
 
 def test_initialisation_has_the_released_ranges():
     module = backbones.make(BackboneConfig(width=128, head_dim=4), 4, jnp.float32)
-    params = quick_jit(module.init)(jax.random.key(1), jnp.zeros((1, 2, 124)), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(module.init)(jax.random.key(1), jnp.zeros((1, 2, 124)), jnp.zeros((1, 2), jnp.int32))["params"]
     mixer = params["layers_1"]["mixer"]
     for value, limit in (
         (params["stem"]["kernel"], 1 / np.sqrt(128)),

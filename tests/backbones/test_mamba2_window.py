@@ -12,7 +12,6 @@ import pytest
 from drama_jax import backbones
 from drama_jax.config import BackboneConfig
 from drama_jax.precision import at_least_float32
-from tests.tools import quick_jit
 
 TINY = BackboneConfig(width=16, head_dim=8, state_dim=4, chunk_size=4)
 HORIZON = 4
@@ -22,14 +21,14 @@ def make(dtype):
     return backbones.make(TINY, 3, dtype)
 
 
-@functools.partial(quick_jit, static_argnames=("dtype", "scale"))
+@functools.partial(jax.jit, static_argnames=("dtype", "scale"))
 def init(key, *, dtype, scale):
     """Larger weights than initial ones: every path must matter, and heads must forget at different rates."""
     variables = make(dtype).init(key, jnp.zeros((1, 2, 6), dtype), jnp.zeros((1, 2), jnp.int32))
     return jax.tree.map(lambda leaf: leaf * scale + 0.1, variables)
 
 
-@functools.partial(quick_jit, static_argnames=("dtype", "context", "kind", "unroll"))
+@functools.partial(jax.jit, static_argnames=("dtype", "context", "kind", "unroll"))
 def rollout(variables, latent, action, segment_ids, *, dtype, context, kind, unroll=1):
     """Features of a context in parallel form, then of the rest step by step in one scan, and the final memory."""
     module = make(dtype)
@@ -107,7 +106,7 @@ def test_vmap_over_seeds_equals_each_alone(x64):
         whole = rollout.__wrapped__  # compiler options are for the outermost jit alone
         return whole(variables, latent, action, resets(3), dtype=jnp.float64, context=3, kind=kind)[0]
 
-    batched = quick_jit(jax.vmap(functools.partial(run, kind="array")))(stacked)
+    batched = jax.jit(jax.vmap(functools.partial(run, kind="array")))(stacked)
     for n, each in enumerate(both):
         np.testing.assert_allclose(batched[n], run(each, "state"), rtol=1e-9, atol=1e-12)
 
@@ -159,8 +158,8 @@ def test_a_step_beyond_the_horizon_is_nan():
     variables, latent, action = inputs(3, jnp.float32)
     module = make(jnp.float32)
     past = (latent[:, :3], action[:, :3])
-    _, window = quick_jit(functools.partial(module.apply, method="open_window", horizon=2))(variables, *past)
-    step = quick_jit(functools.partial(module.apply, method="step"))
+    _, window = jax.jit(functools.partial(module.apply, method="open_window", horizon=2))(variables, *past)
+    step = jax.jit(functools.partial(module.apply, method="step"))
     finite = []
     for t in range(3, 6):
         feature, window = step(variables, latent[:, t], action[:, t], window)

@@ -15,7 +15,7 @@ from drama_jax import backbones, distributions, interop, vae, world_model
 from drama_jax.backbones import mamba, torch_names
 from drama_jax.config import AutoencoderConfig, BackboneConfig, WorldModelConfig
 from drama_jax.replay import Batch
-from tests.tools import assert_trees_close, named, quick_jit
+from tests.tools import assert_trees_close, named
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MIXER = BackboneConfig(name="mamba", width=64, chunk_size=8)
@@ -41,7 +41,7 @@ def test_mixer_matches_golden(golden, x64):
     params = wide(torch_names.mixer_from_torch(named(data, "param/"), "mamba"))
     start = mamba.initial_state(MIXER, jnp.float64, 2)
 
-    @quick_jit
+    @jax.jit
     def run(params, u, w):
         def loss(params, u):
             out, _ = module.apply({"params": params}, u, start)
@@ -68,10 +68,10 @@ def test_mixer_prefill_then_steps_match_golden(golden, x64, prefill):
         np.testing.assert_allclose(state.ssm, data[ssm], rtol=1e-9, atol=1e-12)
 
     if prefill:
-        y, state = quick_jit(module.apply)(variables, data["u"][:, :prefill], state)
+        y, state = jax.jit(module.apply)(variables, data["u"][:, :prefill], state)
         out = list(jnp.moveaxis(y, 1, 0))
         check(f"prefill{prefill}_conv_state", f"prefill{prefill}_ssm_state")
-    step = quick_jit(lambda u, state: module.apply(variables, u, state, method="step"))
+    step = jax.jit(lambda u, state: module.apply(variables, u, state, method="step"))
     for t in range(prefill, 20):
         y, state = step(data["u"][:, t], state)
         out.append(y)
@@ -93,7 +93,7 @@ def test_sequence_model_matches_golden(golden, x64, name):
     action = data["action"].astype(np.int32)
     module = backbones.make(MODELS[name], 5, jnp.float64)
 
-    @quick_jit
+    @jax.jit
     def run(params, latent):
         def loss(params, latent):
             out, _ = module.apply({"params": params}, latent, action)
@@ -114,10 +114,10 @@ def test_transformer_decodes_as_golden(golden, x64):
     module = backbones.make(MODELS["transformer"], 5, jnp.float64)
     variables = {"params": wide(released(data, "transformer", "param"))}
     latent, action = jnp.asarray(data["stoch"], jnp.float64), data["action"].astype(np.int32)
-    start = quick_jit(lambda *past: module.apply(variables, *past, horizon=7, method="open_window"))
+    start = jax.jit(lambda *past: module.apply(variables, *past, horizon=7, method="open_window"))
     prefix, window = start(latent[:, :5], action[:, :5])
     out = list(jnp.moveaxis(prefix, 1, 0))
-    step = quick_jit(lambda z, a, window: module.apply(variables, z, a, window, method="step"))
+    step = jax.jit(lambda z, a, window: module.apply(variables, z, a, window, method="step"))
     for t in range(5, 12):
         feature, window = step(latent[:, t], action[:, t], window)
         out.append(feature)
@@ -159,7 +159,7 @@ MODEL = WorldModelConfig(
 )
 
 
-@quick_jit
+@jax.jit
 def autoencode(params, frames, gumbel):
     """What the world model computes before its sequence model; compiled once for both."""
     config, lead, dtype = MODEL.autoencoder, frames.shape[:2], jnp.float64
@@ -202,7 +202,7 @@ def test_world_model_gradient_matches_golden(golden, x64, name):
     index = seen.latent.reshape(2, 6, 8, 8).argmax(axis=-1)
     np.testing.assert_array_equal(index, data[f"{theirs}/sample_index"])
 
-    @quick_jit
+    @jax.jit
     def run(backbone, params, seen):
         def objective(backbone):
             features, _ = world_model.observe(
@@ -228,7 +228,7 @@ def test_world_model_gradient_matches_golden(golden, x64, name):
 
 def test_initialisation_has_the_released_ranges():
     def init(module, *arguments):
-        params = quick_jit(lambda key: module.init(key, *arguments, method="step"))(jax.random.key(1))["params"]
+        params = jax.jit(lambda key: module.init(key, *arguments, method="step"))(jax.random.key(1))["params"]
         return jax.tree.map(np.asarray, params)
 
     config = BackboneConfig(name="mamba", width=128, state_dim=5)

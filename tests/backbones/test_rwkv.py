@@ -10,7 +10,6 @@ import pytest
 from drama_jax.backbones.rwkv import RwkvBlock, RwkvLayerState, TimeMixing
 from drama_jax.backbones.wkv import wkv, wkv_step
 from drama_jax.config import BackboneConfig
-from tests.tools import quick_jit
 
 BATCH, TIME, HEADS, SIZE = 2, 11, 2, 3
 
@@ -39,7 +38,7 @@ def definition(r, k, v, log_decay, u, state):
     return y, state
 
 
-run = quick_jit(wkv, static_argnames="chunk_size")
+run = jax.jit(wkv, static_argnames="chunk_size")
 
 
 @pytest.mark.parametrize(("scale", "chunk_size"), [(1.0, 1), (1.0, 4), (6.0, 4), (6.0, 16)])
@@ -81,7 +80,7 @@ def test_gradients_are_the_recurrence_s(x64):
             y, state = form(*arguments)
             return jnp.sum(wy * y) + jnp.sum(ws * state)
 
-        return quick_jit(jax.grad(loss))(arguments)
+        return jax.jit(jax.grad(loss))(arguments)
 
     expected = gradient(by_steps)
     actual = gradient(lambda *a: wkv(*a, index=INDEX, chunk_size=4))
@@ -133,7 +132,7 @@ def test_a_layer_is_the_paper_s(x64):
     x = rng.normal(size=(2, 12))
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, state, method="step"))
     variables = jax.tree.map(lambda leaf: 0.1 + 0.5 * rng.normal(size=leaf.shape), shapes)
-    actual = quick_jit(lambda *a: module.apply(*a, method="step"))(variables, x, state)
+    actual = jax.jit(lambda *a: module.apply(*a, method="step"))(variables, x, state)
     expected = layer(variables["params"], config, x, state)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12), actual, expected)
 
@@ -143,7 +142,7 @@ def test_a_fresh_layer_forgets_at_many_rates():
     config = BackboneConfig(name="rwkv", width=32, head_dim=16)
     module = TimeMixing(config, 0, jnp.float32)
     zeros = jnp.zeros((1, 32)), jnp.zeros((1, 32)), jnp.zeros((1, 2, 16, 16))
-    init = quick_jit(lambda key: module.init(key, *zeros, method="step"))
+    init = jax.jit(lambda key: module.init(key, *zeros, method="step"))
     time = jax.tree.map(np.asarray, init(jax.random.key(0))["params"])
     np.testing.assert_allclose(time["decay"][[0, -1]], [-6, -1], rtol=1e-6)
     assert np.all(np.diff(time["decay"]) > 0)

@@ -12,7 +12,6 @@ import pytest
 from drama_jax import optim
 from drama_jax.behaviour import actor_critic, normalisers, torch_names
 from drama_jax.config import BehaviourConfig, Fidelity, OptimizerConfig
-from tests.tools import quick_jit
 
 PAPER = Fidelity()
 RELEASED = Fidelity(
@@ -35,9 +34,9 @@ TINY = BehaviourConfig(
 )
 
 # Compiled once for all tests: configuration and fidelity are static.
-init = quick_jit(actor_critic.init, static_argnums=(1, 2, 3))
-update = quick_jit(actor_critic.update, static_argnums=(0, 1))
-differentiate = quick_jit(jax.value_and_grad(actor_critic.loss, argnums=2, has_aux=True), static_argnums=(0, 1))
+init = jax.jit(actor_critic.init, static_argnums=(1, 2, 3))
+update = jax.jit(actor_critic.update, static_argnums=(0, 1))
+differentiate = jax.jit(jax.value_and_grad(actor_critic.loss, argnums=2, has_aux=True), static_argnums=(0, 1))
 
 
 def _config(dtype):
@@ -118,7 +117,7 @@ def test_three_updates_golden(x64, golden):
     state = _initial(vectors, config, jnp.float64)
     start = {**state.params, "slow_critic": state.slow_critic}
 
-    @quick_jit
+    @jax.jit
     def step(state, batch):
         # The released code moves the input statistics when it samples actions, too.
         before = state.replace(normaliser=normalisers.update(state.normaliser, batch[0][:, :-1]))
@@ -174,7 +173,7 @@ def test_optimizer_float32_golden(golden):
     optimizer = optim.make_optimizer(GOLDEN.optimizer)
     params = _networks(vectors, "param0/", jnp.float32, ("actor", "critic"))
     opt_state, delta = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
-    update = quick_jit(optimizer.update)
+    update = jax.jit(optimizer.update)
     for step in (1, 2, 3):
         gradients = _networks(vectors, f"step{step}/grad/", jnp.float32, ("actor", "critic"))
         steps, opt_state = update(gradients, opt_state, params)
@@ -183,7 +182,7 @@ def test_optimizer_float32_golden(golden):
         _check_trees(delta, _networks(vectors, f"step{step}/delta/", jnp.float32, ("actor", "critic")), rtol=2e-6)
 
 
-@functools.partial(quick_jit, static_argnames=("rollouts",))
+@functools.partial(jax.jit, static_argnames=("rollouts",))
 def _tiny_batch(key, rollouts=32, horizon=5, features=6, actions=3):
     keys = jax.random.split(key, 4)
     return (
@@ -226,16 +225,16 @@ def _override(state, batch, learning_rate, entropy_scale):
     return actor_critic.update(TINY, PAPER, state, *batch, learning_rate=learning_rate, entropy_scale=entropy_scale)
 
 
-alone = quick_jit(_override)
+alone = jax.jit(_override)
 
 
 def test_update_vmaps_over_seeds_and_overrides():
     keys = jax.random.split(jax.random.key(0), 3)
     overrides = (jnp.asarray([1e-3, 1e-2, 1e-2]), jnp.asarray([0.0, 0.0, 0.3]))
-    batches = quick_jit(jax.vmap(_tiny_batch.__wrapped__))(keys)
+    batches = jax.jit(jax.vmap(_tiny_batch.__wrapped__))(keys)
     singles = [init(key, TINY, 6, 3) for key in keys]
     states = jax.tree.map(lambda *x: jnp.stack(x), *singles)
-    batched = quick_jit(jax.vmap(_override))
+    batched = jax.jit(jax.vmap(_override))
     for _ in range(2):
         states, metrics = batched(states, batches, *overrides)
         for i, single in enumerate(singles):

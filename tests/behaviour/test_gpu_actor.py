@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from drama_jax.behaviour import gpu_actor, networks, normalisers
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
 KEY = jax.random.key(0)
 B, S, D, U, A = 19, 48, 32, 16, 6
@@ -31,14 +31,14 @@ def features(seed, dtype=jnp.float32):
     return (4 * jax.random.normal(a, (B, S))).astype(dtype), jax.random.normal(b, (B, D)).astype(dtype)
 
 
-@quick_jit
+@jax.jit
 def plain(key, parts, normaliser, params):
     net = networks.MLP(3, U, A, parts[0].dtype)
     logits = net.apply({"params": params}, normalisers.apply(normaliser, jnp.concatenate(parts, axis=-1)))
     return jax.random.categorical(key, logits)
 
 
-kernel = quick_jit(functools.partial(gpu_actor.choose_actions, interpret=True))
+kernel = jax.jit(functools.partial(gpu_actor.choose_actions, interpret=True))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

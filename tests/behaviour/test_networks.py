@@ -10,7 +10,6 @@ import pytest
 
 from drama_jax.behaviour import actor_critic, torch_names
 from drama_jax.config import BehaviourConfig
-from tests.tools import quick_jit
 
 SHAPES = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "param_shapes_XS_old.json").read_text())
 CONFIG = BehaviourConfig(compute_dtype="float32")
@@ -66,7 +65,7 @@ def test_from_torch_names_what_does_not_fit(remove, add):
 
 def test_initialisation():
     config = BehaviourConfig(actor_units=32, critic_units=48, compute_dtype="float32")
-    state = quick_jit(actor_critic.init, static_argnums=(1, 2, 3))(jax.random.key(0), config, 64, 5)
+    state = jax.jit(actor_critic.init, static_argnums=(1, 2, 3))(jax.random.key(0), config, 64, 5)
     for params, units, outputs in ((state.params["actor"], 32, 5), (state.params["critic"], 48, 255)):
         for layer in ("hidden_0", "hidden_1", "hidden_2"):
             kernel = params[layer]["kernel"]

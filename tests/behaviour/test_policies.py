@@ -12,7 +12,6 @@ from drama_jax import distributions
 from drama_jax.action_space import Continuous
 from drama_jax.behaviour import actor_critic, networks, policies, ppo
 from drama_jax.config import BehaviourConfig, Fidelity, OptimizerConfig
-from tests.tools import quick_jit
 
 SMALL = BehaviourConfig(
     actor_layers=1,
@@ -69,7 +68,7 @@ def test_float32_is_as_good(x64):
     outputs = np.random.default_rng(0).normal(scale=4, size=(100, 6))
     actions = policies.sample(jax.random.key(0), jnp.asarray(outputs), continuous=True)
 
-    @quick_jit
+    @jax.jit
     def both(x):
         return policies.log_probs(x, actions, continuous=True), policies.entropy(x, continuous=True)
 
@@ -94,7 +93,7 @@ def test_outputs_of_zero_are_a_wide_policy_and_none_is_too_large():
 def test_samples_follow_the_density():
     outputs = jnp.broadcast_to(jnp.asarray([0.5, -2.0, 1.0, -3.0]), (50_000, 4))
 
-    @quick_jit
+    @jax.jit
     def draw(key):
         actions = policies.sample(key, outputs, continuous=True)
         estimate = -policies.log_probs(outputs, actions, continuous=True).mean()
@@ -124,7 +123,7 @@ def check_gradient(function, x, step=1e-5, rtol=1e-6):
     """Central differences in four random directions."""
     directions = jnp.asarray(np.random.default_rng(9).normal(size=(4, *x.shape)))
 
-    @quick_jit
+    @jax.jit
     def both(x, directions):
         points = jnp.concatenate([x + step * directions, x - step * directions])
         ahead, behind = jnp.split(jax.lax.map(function, points), 2)
@@ -146,7 +145,7 @@ def rollouts(rng, batch=3, length=2, features=4, actions=2, dtype=jnp.float64):
 
 def test_the_gradient_of_the_actor_loss_is_that_of_finite_differences(x64):
     config = BehaviourConfig(**{**SMALL.__dict__, "compute_dtype": "float64", "entropy_scale": 0.1})
-    state = quick_jit(actor_critic.init, static_argnums=(1, 2, 3))(jax.random.key(0), config, 4, Continuous(2))
+    state = jax.jit(actor_critic.init, static_argnums=(1, 2, 3))(jax.random.key(0), config, 4, Continuous(2))
     assert state.params["actor"][networks.GAUSSIAN]["kernel"].shape == (8, 4)
     data = rollouts(np.random.default_rng(3))
 
@@ -158,7 +157,7 @@ def test_the_gradient_of_the_actor_loss_is_that_of_finite_differences(x64):
     kernel = jnp.asarray(np.random.default_rng(4).normal(size=(8, 4)))
     check_gradient(loss, kernel)
 
-    @quick_jit
+    @jax.jit
     def parts(params):
         total, terms = actor_critic.loss(config, Fidelity(), params, state, *data)
         values = (terms.values, terms.slow_values)
@@ -187,7 +186,7 @@ def test_the_actor_finds_the_action_that_pays():
         over = jnp.ones((256, 1), bool)
         return actor_critic.update(SMALL, Fidelity(), state, features, actions, rewards, over)
 
-    @quick_jit
+    @jax.jit
     def run(key):
         init_key, key = jax.random.split(key)
         state = actor_critic.init(init_key, SMALL, 4, Continuous(2))

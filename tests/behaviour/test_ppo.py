@@ -15,7 +15,7 @@ import pytest
 from drama_jax import optim
 from drama_jax.behaviour import actor_critic, networks, normalisers, ppo, torch_names
 from drama_jax.config import BehaviourConfig, Fidelity, OptimizerConfig
-from tests.tools import assert_trees_close, quick_jit
+from tests.tools import assert_trees_close
 
 RELEASED = Fidelity(bootstrap_next_value=False, weight_by_survival=False, gradient_through_clip=False)
 GOLDEN = BehaviourConfig(
@@ -68,7 +68,7 @@ def test_three_updates_match_released_code(golden, x64, monkeypatch):
     )
     start = {**params, "slow_critic": slow_critic}
 
-    @quick_jit
+    @jax.jit
     def update(state, batch, order):
         # The released code moves the input statistics when it chooses actions, too.
         before = state.replace(normaliser=normalisers.update(state.normaliser, batch[0][:, :-1]))
@@ -139,14 +139,14 @@ def test_the_first_gradient_matches_released_code(golden, x64, monkeypatch):
         slow_returns=pick(slow_returns),
         weights=jnp.ones(32),
     )
-    gradient = quick_jit(
+    gradient = jax.jit(
         jax.grad(lambda params: ppo.loss(GOLDEN, RELEASED, params, normalisers.update(before, rows), part)[0])
     )
     expected = trees(vectors, "step1/grad_first_minibatch/", ("actor", "critic"))
     assert_trees_close(gradient(params), expected, rtol=1e-6)
 
 
-@functools.partial(quick_jit, static_argnames="rollouts")
+@functools.partial(jax.jit, static_argnames="rollouts")
 def batch(key, rollouts=32, horizon=5, features=6, actions=3):
     keys = jax.random.split(key, 4)
     return (
@@ -157,8 +157,8 @@ def batch(key, rollouts=32, horizon=5, features=6, actions=3):
     )
 
 
-init = quick_jit(actor_critic.init, static_argnums=(1, 2, 3))
-update = quick_jit(ppo.update, static_argnums=(0, 1))
+init = jax.jit(actor_critic.init, static_argnums=(1, 2, 3))
+update = jax.jit(ppo.update, static_argnums=(0, 1))
 
 
 def test_what_the_clipped_loss_rewards():
@@ -174,7 +174,7 @@ def test_what_the_clipped_loss_rewards():
         weights=jnp.ones((1,)),
     )
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(fidelity, ratio, advantage):
         now = actor_critic.policy_logits(TINY, state.params, state.normaliser, rows.features)
         old = jax.nn.log_softmax(now)[:, 0] - jnp.log(ratio)
@@ -243,7 +243,7 @@ def test_update_vmaps_over_seeds():
         state, rollouts = arguments
         return ppo.update(TINY, Fidelity(), state, *rollouts, key)
 
-    many = jax.tree.map(np.asarray, quick_jit(jax.vmap(run))(stacked, keys))
+    many = jax.tree.map(np.asarray, jax.jit(jax.vmap(run))(stacked, keys))
     for i, (single, rollouts) in enumerate(zip(singles, batches)):
         expected = update(TINY, Fidelity(), single, *rollouts, keys[i])
         # The kernels of a batch and of one sum in different orders.

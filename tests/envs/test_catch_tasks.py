@@ -9,7 +9,6 @@ import pytest
 
 from drama_jax.envs import jax_env
 from drama_jax.envs.catch_tasks import CatchParams, PairCatch, SparseCatch, SwitchingCatch
-from tests.tools import quick_jit
 
 LEFT, STAY, RIGHT = range(3)
 
@@ -23,7 +22,7 @@ def play(env, steps, policy, params=None, seed=0):
         board, state, reward, terminated, truncated, _ = env.step(key, state, policy(state), params)
         return state, (board, reward, terminated, truncated)
 
-    scan = quick_jit(lambda state, keys: jax.lax.scan(body, state, keys))
+    scan = jax.jit(lambda state, keys: jax.lax.scan(body, state, keys))
     _, (boards, rewards, ends, truncated) = scan(state, jax.random.split(jax.random.key(seed + 1), steps))
     assert not truncated.any()
     return np.concatenate([board[None], boards]), np.asarray(rewards), np.asarray(ends)

@@ -9,7 +9,6 @@ import pytest
 
 from drama_jax.envs import jax_env
 from drama_jax.envs.grid_world import GridParams, GridWorld, walk
-from tests.tools import quick_jit
 
 ENV = GridWorld()
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -17,7 +16,7 @@ UP, DOWN, LEFT, RIGHT = range(4)
 
 @pytest.fixture(scope="module")
 def step():
-    return quick_jit(ENV.step)
+    return jax.jit(ENV.step)
 
 
 def play(step, actions, params=None, seed=0):
@@ -72,7 +71,7 @@ def test_an_episode_is_cut_off_and_the_next_has_other_colours(step):
 
 
 def test_colours_are_uniform():
-    reset = quick_jit(jax.vmap(lambda key: ENV.reset(key)[1].colours))
+    reset = jax.jit(jax.vmap(lambda key: ENV.reset(key)[1].colours))
     colours = np.asarray(reset(jax.random.split(jax.random.key(0), 2000)))
     counts = np.bincount(colours.ravel(), minlength=5)
     assert counts[0] == 0
@@ -122,7 +121,7 @@ def test_it_is_an_environment_for_the_agent():
     env = jax_env.make("drama_jax.envs.grid_world:GridWorld", image_size=10)
     assert env.frame_shape == (10, 10, 1) and env.num_actions == 4
     state = env.reset(jax.random.key(0))
-    after, outcome = quick_jit(env.step)(state, jnp.int32(UP), jax.random.key(1))
+    after, outcome = jax.jit(env.step)(state, jnp.int32(UP), jax.random.key(1))
     assert float(outcome.reward) == 1 and not outcome.last
     assert np.asarray(after.frame)[2:4, 4:6].min() > 0 and np.asarray(after.frame).astype(bool).sum() == 4
 

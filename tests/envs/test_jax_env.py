@@ -12,7 +12,6 @@ from drama_jax.action_space import Continuous
 from drama_jax.config import ConfigError
 from drama_jax.envs import jax_env
 from drama_jax.envs.jax_env import JaxEnv, JaxEnvState
-from tests.tools import quick_jit
 
 
 @flax.struct.dataclass
@@ -61,7 +60,7 @@ def test_frames_are_enlarged_by_whole_factors_and_centred():
 
 def test_an_episode_end_keeps_its_reward_and_flags_the_next_frame():
     env = JaxEnv(_Corridor(), None, 6)
-    step = quick_jit(env.step)
+    step = jax.jit(env.step)
     state = env.reset(jax.random.key(0))
     assert bool(state.first)
     trace = []
@@ -140,7 +139,7 @@ def test_actions_are_scaled_to_the_range_of_the_environment(low, high, shape, pl
 
 def test_a_vector_environment_ends_or_is_cut_off():
     env = JaxEnv(_Echo(0.0, 4.0, (1,)), None, 1)
-    step = quick_jit(env.step)
+    step = jax.jit(env.step)
     for time, action, terminal, last in ((0, -1, 0, 0), (0, 1, 1, 1), (3, 0, 0, 1), (3, 1, 1, 1)):
         state = JaxEnvState(inner=_Count(jnp.int32(time)), frame=jnp.zeros(2), first=jnp.zeros((), bool))
         after, outcome = step(state, jnp.full(1, action, jnp.float32), jax.random.key(1))
@@ -192,7 +191,7 @@ def test_spaces_of_gymnax_are_read(name, actions, shape):
 def test_pendulum_plays_with_twice_the_action():
     env, (theirs, params) = jax_env.make("Pendulum-v1", 1), jax_env.load("Pendulum-v1")
     state = env.reset(jax.random.key(0))
-    after, outcome = quick_jit(env.step)(state, jnp.full(1, 0.5, jnp.float32), jax.random.key(1))
+    after, outcome = jax.jit(env.step)(state, jnp.full(1, 0.5, jnp.float32), jax.random.key(1))
     seen, _, reward, *_ = theirs.step(jax.random.key(1), state.inner, jnp.ones(1), params)
     np.testing.assert_allclose(after.frame, seen, rtol=1e-6)
     np.testing.assert_allclose(outcome.reward, reward, rtol=1e-6)

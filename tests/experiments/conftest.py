@@ -37,11 +37,3 @@ def saved_run(tmp_path_factory):
     checkpoints.close()
     assert checkpoints.error is None
     return directory, config
-
-
-@pytest.fixture
-def compiled_fast():
-    """Most of the time goes into compilation, so compile fast rather than well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

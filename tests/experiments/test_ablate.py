@@ -137,7 +137,6 @@ def out_and_errors(tmp_path_factory):
     path = tmp_path_factory.mktemp("ablation")
     wanted = ["--what", "autoencoder", "--envs", test_jax_command.NAME, "--seeds", "2"]
     arguments = [*wanted, "--steps", str(test_jax_command.STEPS), "--out", str(path), f"--flags={MICRO}"]
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         small = {"small": ["--agent.world-model.autoencoder.depths", "2", "4"]}
         patch.setattr(ablate, "variants", lambda *_, **__: small)
@@ -147,7 +146,6 @@ def out_and_errors(tmp_path_factory):
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
             assert ablate.main([*arguments[:-1], f"--flags={MICRO} --agent.replay.tau 3"]) == 2
-    jax.config.update("jax_disable_most_optimizations", False)
     return path, errors.getvalue()
 
 
@@ -179,9 +177,7 @@ def test_memory_is_that_of_the_update_with_its_state(out):
     shapes = programs.shapes(config.agent, env.num_actions)
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dataclasses.replace(shapes, key=None)))
     (directory, *_) = sorted(out.glob("runs/small/Short/tiny/seed*"))
-    jax.config.update("jax_disable_most_optimizations", True)
     found = ablation_runs.update_memory(config.agent, ablation_runs.checkpoint.load_weights(directory))
-    jax.config.update("jax_disable_most_optimizations", False)
     assert found is not None and state < found < 50 * state
 
 

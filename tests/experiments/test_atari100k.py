@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "faults"))
-from micro import ARGUMENTS, compiled_fast
+from micro import ARGUMENTS
 
 from drama_jax.config import AgentConfig, ConfigError, preset
 from drama_jax.training import checkpoint, programs
@@ -33,7 +33,7 @@ def finished(tmp_path_factory) -> tuple[pathlib.Path, str, int]:
     """One very small run of Breakout: its directory, what it printed, and how often the update was traced."""
     logdir = tmp_path_factory.mktemp("runs")
     programs.update.clear_cache()  # of runs of the same agent
-    with compiled_fast(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *texts, **_: printed.append(" ".join(map(str, texts))))
         code = atari100k.main(["--game", "breakout", "--logdir", str(logdir), "--seed", "5", *VERY_SMALL])

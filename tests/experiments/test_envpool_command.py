@@ -6,7 +6,6 @@ import contextlib
 import ctypes.util
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -38,14 +37,6 @@ COINRUN = """
 procgen = pytest.mark.skipif(
     ctypes.util.find_library("Qt5Gui") is None, reason="Procgen needs Qt 5 (Debian: libqt5gui5)"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast():
-    """Compiled fast rather than well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run(logdir, *words, code=0):

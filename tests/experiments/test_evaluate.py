@@ -27,7 +27,6 @@ def few_steps(saved_run, tmp_path_factory):
     return directory
 
 
-@pytest.mark.usefixtures("compiled_fast")
 def test_a_checkpoint_and_its_weights_in_a_file_score_alike(few_steps, tmp_path, capsys):
     file = tmp_path / "breakout.npz"
     weights.write(file, checkpoint.load_weights(few_steps))
@@ -54,7 +53,6 @@ def test_a_checkpoint_and_its_weights_in_a_file_score_alike(few_steps, tmp_path,
         (["--episode", "3"], "--episode"),
     ],
 )
-@pytest.mark.usefixtures("compiled_fast")
 def test_mistakes_are_one_line(saved_run, capsys, arguments, message):
     before = sorted(saved_run[0].iterdir())
     assert evaluate.main(["--logdir", str(saved_run[0]), *arguments]) == 2

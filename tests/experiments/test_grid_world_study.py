@@ -14,7 +14,6 @@ import pytest
 from drama_jax.config import preset
 from experiments import grid_world, grid_world_costs, grid_world_report
 from experiments import grid_world_model as model
-from tests.tools import quick_jit
 
 OPTIONS = grid_world.Options()
 
@@ -30,12 +29,12 @@ def config():
 @pytest.fixture(scope="module")
 def made(config):
     """Two walks."""
-    return quick_jit(lambda key: model.walks(config, key, 2))(jax.random.key(0))
+    return jax.jit(lambda key: model.walks(config, key, 2))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def params(config):
-    return quick_jit(lambda key: model.init(config, key))(jax.random.key(1)).params
+    return jax.jit(lambda key: model.init(config, key))(jax.random.key(1)).params
 
 
 def test_sequences_have_the_lengths_of_the_study():
@@ -52,17 +51,17 @@ def test_every_backbone_is_of_matched_size_and_takes_the_whole_sequence():
 
 
 def test_a_cell_is_predicted_after_the_token_before_it(config, made, params):
-    logits, targets = quick_jit(lambda tokens: model.predictions(config, params, tokens))(made.tokens)
+    logits, targets = jax.jit(lambda tokens: model.predictions(config, params, tokens))(made.tokens)
     assert logits.shape == (2, 2, 25, 9)
     np.testing.assert_array_equal(targets, made.frames[:, 1:])
     module = model.TokenModel(config)
-    every = quick_jit(lambda tokens: module.apply(params, tokens))(made.tokens[:, :-1])
+    every = jax.jit(lambda tokens: module.apply(params, tokens))(made.tokens[:, :-1])
     # The first cell of the second frame follows token 25, the first action; its last one follows the cell before it.
     np.testing.assert_allclose(logits[:, 0, 0], every[:, 25], rtol=0, atol=1e-5)
     np.testing.assert_allclose(logits[:, 0, 24], every[:, 49], rtol=0, atol=1e-5)
     np.testing.assert_allclose(logits[:, 1, 0], every[:, 51], rtol=0, atol=1e-5)
     other = made.tokens.at[:, 51].set(made.tokens[:, 51] % 4 + 5)  # the second action decides about the third frame
-    changed, _ = quick_jit(lambda tokens: model.predictions(config, params, tokens))(other)
+    changed, _ = jax.jit(lambda tokens: model.predictions(config, params, tokens))(other)
     np.testing.assert_array_equal(changed[:, 0], logits[:, 0])
     assert np.abs(changed[:, 1] - logits[:, 1]).min(axis=(0, 2)).max() > 1e-4
 
@@ -79,8 +78,8 @@ def test_single_steps_predict_what_the_sequence_does(config, made, params):
         memory = module.apply(params, 2, method="initial_state")
         return jax.lax.scan(body, memory, (tokens.T, jnp.arange(60, dtype=jnp.int32) % 26))[1].swapaxes(0, 1)
 
-    every = quick_jit(lambda tokens: module.apply(params, tokens))(tokens)
-    np.testing.assert_allclose(quick_jit(steps)(tokens), every, rtol=0, atol=1e-5)
+    every = jax.jit(lambda tokens: module.apply(params, tokens))(tokens)
+    np.testing.assert_allclose(jax.jit(steps)(tokens), every, rtol=0, atol=1e-5)
 
 
 def test_errors_are_counted_by_gap(config):
@@ -163,14 +162,12 @@ def out(tmp_path_factory):
     """Where a study of one layer has run to its end: the errors first, the costs by a second command."""
     path = tmp_path_factory.mktemp("study")
     gru = dataclasses.replace(preset("tiny", "gru").agent.world_model.backbone, num_layers=1)
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             grid_world, "study_config", lambda options, name, frames, batch: model.StudyConfig(gru, frames, batch)
         )
         for part in ("errors", "costs"):
             assert grid_world.main([*SMALL.split(), "--seeds", "2", "--only", part, "--out", str(path)]) == 0
-    jax.config.update("jax_disable_most_optimizations", False)
     return path
 
 

@@ -22,7 +22,7 @@ from drama_jax.envs import jax_env as environments
 from drama_jax.replay import Transition
 from drama_jax.training import checkpoint, config_file, in_graph, random_play
 from experiments import jax_curves, jax_env, jax_options, jax_presets
-from tests.tools import metrics_but_for_the_clock, metrics_lines, quick_jit
+from tests.tools import metrics_but_for_the_clock, metrics_lines
 
 STEPS, WARMUP, SEEDS = 24, 14, (3, 4)
 
@@ -50,13 +50,11 @@ ARGUMENTS = f"""
 
 @pytest.fixture(scope="module", autouse=True)
 def one_compilation():
-    """Compiled fast rather than well, and once: a program belongs to an environment object."""
+    """A program belongs to an environment object."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environments, "load", functools.cache(environments.load))
         patch.setattr(environments, "JaxEnv", functools.cache(environments.JaxEnv))
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +83,9 @@ def saved(directory):
 def by_hand():
     """seed -> (rewards, ends of episodes, metrics of updates, agent and acting at the end), by a loop on the host."""
     _, config, env = jax_options.parse(ARGUMENTS)
-    init = quick_jit(lambda key: agent.init(key, config.agent, env.num_actions))
-    reset, play, act = quick_jit(env.reset), quick_jit(env.step), quick_jit(agent.act)
-    observe, update = quick_jit(agent.observe), quick_jit(agent.update)
+    init = jax.jit(lambda key: agent.init(key, config.agent, env.num_actions))
+    reset, play, act = jax.jit(env.reset), jax.jit(env.step), jax.jit(agent.act)
+    observe, update = jax.jit(agent.observe), jax.jit(agent.update)
 
     def loop(seed):
         key, agent_key, env_key = jax.random.split(jax.random.key(seed), 3)
@@ -155,7 +153,7 @@ def test_an_episode_that_is_cut_off_is_no_terminal_and_the_next_frame_starts_one
 
 def test_the_environment_resets_itself():
     env = environments.make("Catch-bsuite", image_size=10)
-    step = quick_jit(env.step)
+    step = jax.jit(env.step)
     state = env.reset(jax.random.key(0))
     board = np.asarray(state.frame)[:, ::2, 0]  # columns are two pixels wide
     assert board[0].sum() == 255 and board[9].tolist() == [0, 0, 255, 0, 0]  # the ball above, the paddle below
@@ -171,7 +169,7 @@ def test_reward_and_end_are_stored_with_the_action_that_brought_them():
     """The last board of an episode is the one that is terminal, not the fresh one after it."""
     env = environments.make("Catch-bsuite", image_size=10)
     config = jax_presets.PRESETS["tiny"]().agent
-    play = quick_jit(lambda key: in_graph.play_randomly(env, 20, in_graph.begin(config, env, key)))
+    play = jax.jit(lambda key: in_graph.play_randomly(env, 20, in_graph.begin(config, env, key)))
     loop, history = play(jax.random.key(0))
     names = ("frames", "actions", "rewards", "terminals", "firsts")
     stored = Transition(*(np.asarray(getattr(loop.agent.replay, name)[:20]) for name in names))

@@ -19,7 +19,6 @@ def test_the_configuration_of_a_run_comes_back(saved_run):
     assert hash(loaded) == hash(config)
 
 
-@pytest.mark.usefixtures("compiled_fast")
 def test_both_pictures_show_one_column_per_frame(saved_run, tmp_path, capsys):
     out = tmp_path / "new" / "docs"
     arguments = ["--logdir", str(saved_run[0]), "--out", str(out), "--steps", "30", "--frames", "3", "--every", "2"]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "faults"))
-from micro import ARGUMENTS, ENVIRONMENT, assert_same, steps_saved
+from micro import ARGUMENTS, assert_same, steps_saved
 
 from drama_jax.config import ConfigError
 from drama_jax.training import run_directory
@@ -39,7 +39,7 @@ def start(program: str, arguments: list[str], cache: pathlib.Path) -> subprocess
     return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{program}", *arguments],
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT | kept,
+        env=os.environ | kept,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

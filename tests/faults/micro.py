@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from drama_jax.training import checkpoint, config_file, programs, replay_log
@@ -32,18 +31,6 @@ ARGUMENTS = f"""
 --logging.metrics-every 7 --logging.images-every 24 --logging.checkpoint-every {EVERY} --logging.no-progress
 --logging.no-tensorboard
 """.split()
-
-
-@contextlib.contextmanager
-def compiled_fast():
-    """Most of the time goes into compilation, so compile fast rather than well."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-"""The same for another process."""
 
 
 def main(logdir: pathlib.Path, *more: str) -> int:

@@ -19,7 +19,6 @@ from micro import (
     STEPS,
     Killed,
     assert_same,
-    compiled_fast,
     die,
     haunted,
     main,
@@ -32,12 +31,6 @@ from drama_jax.training import checkpoint, config_file, orbax_arrays
 from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.signals import stop_requested
 from tests.tools import metrics_lines
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_fast():
-    with compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from micro import (
     STEPS,
     Killed,
     assert_same,
-    compiled_fast,
     die,
     final,
     haunted,
@@ -32,12 +31,6 @@ from experiments import atari100k, machine
 from tests.tools import metrics_lines
 
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_fast():
-    with compiled_fast():
-        yield
 
 
 @pytest.fixture(scope="module", params=["envpool", "ale"])

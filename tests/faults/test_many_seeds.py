@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from micro import ARGUMENTS, ENVIRONMENT, Killed, compiled_fast, final, haunted, main, steps_saved
+from micro import ARGUMENTS, Killed, final, haunted, main, steps_saved
 
 import experiments.runs
 from drama_jax.config import ConfigError
@@ -29,12 +29,6 @@ UPDATES = 200
 LIMIT_S = 300.0
 HERE = "--distributed.coordinator localhost:1 --distributed.processes 2"
 LONG = f"--steps {14 + UPDATES} --logging.checkpoint-every 500".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast():
-    with compiled_fast():
-        yield
 
 
 def runs(logdir: pathlib.Path) -> dict[int, pathlib.Path]:
@@ -263,7 +257,7 @@ def started(logdir: pathlib.Path, flags: str, **environment: str) -> subprocess.
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.atari100k", *ARGUMENTS, "--logdir", str(logdir), *flags.split()],
         cwd=pathlib.Path(__file__).parents[2],
-        env=dict(os.environ, **ENVIRONMENT, **environment),
+        env=dict(os.environ, **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

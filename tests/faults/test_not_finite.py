@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from micro import compiled_fast, main, only_run, steps_saved
+from micro import main, only_run, steps_saved
 
 from drama_jax import replay
 from drama_jax.agent import AgentState
@@ -10,12 +10,6 @@ from drama_jax.guard import Guard
 from drama_jax.training import checkpoint, config_file, watch
 from experiments import machine
 from tests.tools import metrics_lines
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast():
-    with compiled_fast():
-        yield
 
 
 class Poisoned:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from micro import ARGUMENTS, ENVIRONMENT, assert_same, compiled_fast, main, only_run
+from micro import ARGUMENTS, assert_same, main, only_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT_S = 300.0
@@ -26,8 +26,7 @@ LIMIT_S = 300.0
 def whole(tmp_path_factory):
     """The directory of an uninterrupted run of seed 0, in this process."""
     logdir = tmp_path_factory.mktemp("whole")
-    with compiled_fast():
-        assert main(logdir) == 0
+    assert main(logdir) == 0
     return only_run(logdir)
 
 
@@ -39,7 +38,7 @@ def compiled(tmp_path_factory):
 
 def environment(compiled: pathlib.Path) -> dict[str, str]:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return os.environ | ENVIRONMENT | cache
+    return os.environ | cache
 
 
 def start(logdir: pathlib.Path, compiled: pathlib.Path) -> subprocess.Popen[str]:

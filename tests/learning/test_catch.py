@@ -19,6 +19,7 @@ from experiments.jax_presets import PRESETS
 STEPS = 3200
 SEEDS = [int(seed) for seed in os.environ.get("CATCH_SEEDS", "0").split(",")]
 CONFIG = PRESETS["tiny"]().agent
+pytestmark = pytest.mark.usefixtures("compiled_well")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from drama_jax.nn.batch_norm import BatchNorm, across, normalise_silu, rearrange
-from tests.tools import quick_jit
 
 EPSILON = 1e-5
 
@@ -31,7 +30,7 @@ def test_value_and_gradients_equal_automatic_differentiation(x64, phases, layout
     weight = jnp.asarray(rng.normal(size=rearrange(y, layout).shape))
 
     def loss(function):
-        return quick_jit(jax.value_and_grad(lambda *args: (function(*args) * weight).sum(), argnums=(0, 1, 2)))
+        return jax.jit(jax.value_and_grad(lambda *args: (function(*args) * weight).sum(), argnums=(0, 1, 2)))
 
     ours = loss(lambda *args: normalise_silu(*args, phases, EPSILON, layout)[0])(y, gamma, beta)
     expected = loss(lambda *args: rearrange(plain(*args, phases), layout))(y, gamma, beta)

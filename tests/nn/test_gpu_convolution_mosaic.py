@@ -10,7 +10,7 @@ from benchmarks.conv_mosaic import CASES, CUTS, reference
 from drama_jax.nn import gpu_convolution
 from drama_jax.nn.gpu_convolution_mosaic import conv3x3, cut_for
 from drama_jax.nn.gpu_convolution_mosaic_program import Cut
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
 needs_eleven = pytest.mark.skipif(
     not gpu_convolution.HAS_MOSAIC, reason="before jax 0.11 Mosaic GPU does not lower without the GPU's jaxlib"
@@ -51,7 +51,7 @@ def test_the_kernel_equals_xla(shape, ends, cut):
     x, kernel, bias = operands(*shape)
     found = interpreted(x, kernel, bias, ends, cut)
     wide = (array.astype(jnp.float32) for array in (x, kernel))
-    expected = np.asarray(quick_jit(reference, static_argnames="ends")(*wide, bias, ends=ends))
+    expected = np.asarray(jax.jit(reference, static_argnames="ends")(*wide, bias, ends=ends))
     assert found.shape == expected.shape and found.dtype == jnp.bfloat16
     assert np.abs(np.asarray(found.astype(jnp.float32)) - expected).max() < 2**-8 * np.abs(expected).max()
 

@@ -11,7 +11,7 @@ from drama_jax.nn import gpu_convolution, gpu_first_layer
 from drama_jax.nn.batch_norm import conv_normalise_silu, normalise_silu
 from drama_jax.nn.convolution import conv3x3
 from drama_jax.vae import ConvBlock
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
 EPSILON = 1e-5
 SHAPES = [
@@ -50,7 +50,7 @@ def gradients(function, x, kernel, gamma, beta, weight):
 
 @functools.cache
 def compiled(function):
-    return quick_jit(functools.partial(gradients, function))
+    return jax.jit(functools.partial(gradients, function))
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def test_in_bfloat16_it_is_as_close_to_float32():
 
 def test_vmap_equals_loop():
     stacked = [jnp.stack([array, array[::-1] * 0.5]) for array in inputs(SHAPES[0])]
-    batched = quick_jit(jax.vmap(functools.partial(gradients, in_one_pass)))(*stacked)
+    batched = jax.jit(jax.vmap(functools.partial(gradients, in_one_pass)))(*stacked)
     for i in range(2):
         single = compiled(in_one_pass)(*(array[i] for array in stacked))
         for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(single), strict=True):

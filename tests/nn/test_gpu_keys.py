@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from drama_jax.nn import gpu_keys
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
-apart = quick_jit(functools.partial(gpu_keys.apart, interpret=True))
+apart = jax.jit(functools.partial(gpu_keys.apart, interpret=True))
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])

@@ -9,7 +9,7 @@ import pytest
 
 from drama_jax import distributions
 from drama_jax.nn import gpu_sample
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
 KEY = jax.random.key(0)
 B, K, C = 37, 8, 16
@@ -21,13 +21,13 @@ def inputs():
     return 3 * jax.random.normal(raw_key, (B, K * C)), jax.random.normal(bias_key, (K * C,))
 
 
-@quick_jit
+@jax.jit
 def plain(key, raw, bias):
     log_probs = distributions.unimix((raw + bias).reshape(*raw.shape[:-1], K, C), 0.01)
     return distributions.sample_one_hot(key, log_probs).reshape(raw.shape)
 
 
-kernel = quick_jit(functools.partial(gpu_sample.sample_latent, classes=C, unimix=0.01, interpret=True))
+kernel = jax.jit(functools.partial(gpu_sample.sample_latent, classes=C, unimix=0.01, interpret=True))
 
 
 def test_draws_are_those_of_jax(inputs):

@@ -16,7 +16,6 @@ import numpy as np
 from drama_jax.ssd import ssd
 from drama_jax.ssd.chunked import ssd_chunked
 from drama_jax.ssd.reference import ssd_reference
-from tests.tools import quick_jit
 
 ON_GPU = jax.default_backend() == "gpu"
 # Of the largest value of each array. The products of bfloat16 operands round scores, decays and states to 8 bits.
@@ -105,8 +104,7 @@ def results(function: Any, inputs: dict[str, jax.Array], ids: jax.Array | None, 
         sums = [jnp.sum(a.astype(final.dtype) * b.astype(final.dtype)) for a, b in zip((y, final), weights)]
         return sums[0] + sums[1], (y, final)
 
-    jit = jax.jit if ON_GPU else quick_jit
-    gradients, (y, final) = jit(jax.grad(loss, has_aux=True))(inputs, weights)
+    gradients, (y, final) = jax.jit(jax.grad(loss, has_aux=True))(inputs, weights)
     return {"y": y, "final": final} | {f"grad_{name}": value for name, value in gradients.items()}
 
 

@@ -21,7 +21,7 @@ from drama_jax.ssd import default_implementation, fused, ssd
 from drama_jax.ssd.fused import default_tiles, ssd_pallas
 from drama_jax.ssd.tiles import Apart, Tiles
 from tests.ssd import contract
-from tests.tools import lower_for_cuda, quick_jit
+from tests.tools import lower_for_cuda
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 # The second: the last strip lies behind the end.
@@ -223,8 +223,8 @@ def test_the_whole_backbone_honours_resets_through_the_kernels(monkeypatch):
     latent = jnp.asarray(rng.normal(size=(2, 23, 8)), jnp.float32)
     action = jnp.asarray(rng.integers(0, 3, (2, 23)), jnp.int32)
     ids = jnp.asarray(np.cumsum(np.arange(23) == 9)[None] * np.ones((2, 1)), jnp.int32)
-    params = quick_jit(module.init)(jax.random.key(0), latent, action)
-    expected = quick_jit(module.apply)(params, latent, action, segment_ids=ids)
+    params = jax.jit(module.init)(jax.random.key(0), latent, action)
+    expected = jax.jit(module.apply)(params, latent, action, segment_ids=ids)
     calls = []
 
     def kernels_only(*args, chunk_size, **options):
@@ -232,9 +232,9 @@ def test_the_whole_backbone_honours_resets_through_the_kernels(monkeypatch):
         return ssd(*args, implementation="pallas", interpret=True, **options)
 
     monkeypatch.setattr(mamba2_mixer, "ssd", kernels_only)
-    actual = quick_jit(lambda *args: module.apply(*args, segment_ids=ids))(params, latent, action)
+    actual = jax.jit(lambda *args: module.apply(*args, segment_ids=ids))(params, latent, action)
     assert len(calls) == 1
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), actual, expected)
-    last, state = quick_jit(lambda *args: module.apply(*args))(params, latent[:, 9:], action[:, 9:])
+    last, state = jax.jit(lambda *args: module.apply(*args))(params, latent[:, 9:], action[:, 9:])
     np.testing.assert_allclose(actual[0][:, 9:], last, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(actual[1].layers[0].ssm, state.layers[0].ssm, rtol=1e-4, atol=1e-5)

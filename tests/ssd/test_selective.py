@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drama_jax.ssd import selective_scan, selective_step
-from tests.tools import quick_jit
 
 BATCH, TIME, CHANNELS, STATE = 2, 13, 5, 3
 
@@ -38,7 +37,7 @@ def ids(*resets, time=TIME):
     return jnp.asarray(np.cumsum(starts, 1, dtype=np.int32))
 
 
-@functools.partial(quick_jit, static_argnames=("implementation", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
 def results(inputs, segments, implementation, chunk_size=4):
     def loss(inputs):
         y, final = selective_scan(**inputs, segment_ids=segments, implementation=implementation, chunk_size=chunk_size)
@@ -48,7 +47,7 @@ def results(inputs, segments, implementation, chunk_size=4):
     return gradients | {"y": y, "final": final}
 
 
-RUN = quick_jit(lambda inputs, segments: selective_scan(**inputs, segment_ids=segments, chunk_size=4))
+RUN = jax.jit(lambda inputs, segments: selective_scan(**inputs, segment_ids=segments, chunk_size=4))
 
 
 def close(actual, expected, relative):
@@ -132,15 +131,15 @@ def test_gradients_equal_finite_differences(x64):
 
     step = 1e-6
     there, back = ({k: v + sign * step * direction[k] for k, v in inputs.items()} for sign in (1, -1))
-    slope = sum(float(jnp.vdot(g, direction[k])) for k, g in quick_jit(jax.grad(loss))(inputs).items())
-    value = quick_jit(loss)
+    slope = sum(float(jnp.vdot(g, direction[k])) for k, g in jax.jit(jax.grad(loss))(inputs).items())
+    value = jax.jit(loss)
     np.testing.assert_allclose((value(there) - value(back)) / (2 * step), slope, rtol=1e-7)
 
 
 def test_rows_are_independent_and_vmap_equals_a_loop(x64):
     seeds = [numbers(seed) for seed in range(3)]
     segments = ids((4,), ())
-    batched = quick_jit(jax.vmap(lambda inputs: selective_scan(**inputs, segment_ids=segments, chunk_size=4)))
+    batched = jax.jit(jax.vmap(lambda inputs: selective_scan(**inputs, segment_ids=segments, chunk_size=4)))
     stacked = batched(jax.tree.map(lambda *v: jnp.stack(v), *seeds))
     for n, inputs in enumerate(seeds):
         for a, e in zip(stacked, RUN(inputs, segments), strict=True):
@@ -183,7 +182,7 @@ def test_the_golden_block(implementation, golden, x64):
         out = (y * jax.nn.silu(z)) @ p["out_proj.weight"].T
         return jnp.sum(out * w), (out, final)
 
-    (by_p, by_u), (out, final) = quick_jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(p, u)
+    (by_p, by_u), (out, final) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(p, u)
     np.testing.assert_allclose(out, data["out"], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(final, data["final_ssm_state"], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(by_u, data["grad_u"], rtol=1e-9, atol=1e-12)
@@ -195,12 +194,12 @@ def test_the_golden_block(implementation, golden, x64):
 def test_the_golden_block_continues_from_its_state(prefill, golden, x64):
     data = golden("mamba1_block")
     p = {k.removeprefix("param/"): jnp.asarray(v, jnp.float64) for k, v in data.items() if k.startswith("param/")}
-    x, z = quick_jit(convolved)(p, jnp.asarray(data["u"], jnp.float64))
-    xs, dt, A, B, C = quick_jit(operands)(p, x)
+    x, z = jax.jit(convolved)(p, jnp.asarray(data["u"], jnp.float64))
+    xs, dt, A, B, C = jax.jit(operands)(p, x)
     along = [v[:, :prefill] for v in (xs, dt)] + [A] + [v[:, :prefill] for v in (B, C)]
     y, state = selective_scan(*along, D=p["D"])
     np.testing.assert_allclose(state, data[f"prefill{prefill}_ssm_state"], rtol=1e-9, atol=1e-12)
-    step, ys = quick_jit(selective_step), [y]
+    step, ys = jax.jit(selective_step), [y]
     for t in range(prefill, x.shape[1]):
         y, state = step(state, xs[:, t], dt[:, t], A, B[:, t], C[:, t], D=p["D"])
         ys.append(y[:, None])

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drama_jax.ssd import segment_index, ssd, ssd_step
-from tests.tools import quick_jit
 
 GOLDEN = (
     "ssd_L1",
@@ -28,7 +27,7 @@ GOLDEN = (
 INPUTS = ("x", "dt", "A_log", "B", "C", "D", "dt_bias", "init")
 
 
-@functools.partial(quick_jit, static_argnames=("implementation", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
 def _outputs_and_gradients(inputs, segment_ids, w, w2, implementation, chunk_size):
     """y, final state and the gradients of sum(y * w) + sum(final * w2), as the golden files define them."""
 
@@ -125,7 +124,7 @@ def _run(inputs, segment_ids=None, implementation=None, chunk_size=64):
     return ssd(**inputs, segment_ids=segment_ids, **options)
 
 
-_ssd = functools.partial(quick_jit, static_argnames=("implementation", "chunk_size"))(_run)
+_ssd = functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))(_run)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5])
@@ -211,8 +210,8 @@ def test_vmap_equals_loop(implementation, x64):
 
         return jax.value_and_grad(loss)(inputs)
 
-    batched = quick_jit(jax.vmap(run))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds), ids)
-    one = quick_jit(run)
+    batched = jax.jit(jax.vmap(run))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds), ids)
+    one = jax.jit(run)
     for n, inputs in enumerate(seeds):
         value, gradients = one(inputs, ids[n])
         np.testing.assert_allclose(batched[0][n], value, rtol=1e-12)
@@ -231,9 +230,9 @@ def test_gradients_equal_finite_differences(implementation, x64):
         y, final = _run(inputs, ids, implementation, 4)
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.square(final))
 
-    value, step = quick_jit(loss), 1e-6
+    value, step = jax.jit(loss), 1e-6
     there, back = ({k: v + sign * step * direction[k] for k, v in inputs.items()} for sign in (1, -1))
-    slope = sum(float(jnp.vdot(g, direction[k])) for k, g in quick_jit(jax.grad(loss))(inputs).items())
+    slope = sum(float(jnp.vdot(g, direction[k])) for k, g in jax.jit(jax.grad(loss))(inputs).items())
     np.testing.assert_allclose((value(there) - value(back)) / (2 * step), slope, rtol=1e-7)
 
 
@@ -268,7 +267,7 @@ def test_step_equals_scan_and_keeps_the_state_dtype():
     inputs = _jax(_random(7, groups=2, dtype=np.float32))
     y, final = _ssd(inputs, implementation="reference")
     state = inputs["initial_state"]
-    step = quick_jit(ssd_step)
+    step = jax.jit(ssd_step)
     for t in range(13):
         now = [inputs[name][:, t] for name in ("x", "dt")]
         y_t, state = step(state, *now, inputs["A"], inputs["B"][:, t], inputs["C"][:, t], D=inputs["D"])

@@ -7,6 +7,7 @@ import threading
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fakes import AGENT, NUM_ACTIONS, ScriptedEnv, init
@@ -227,6 +228,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, sto
     # Every step is in the log of rows once, in order.
     logged = [row.frames[0, 0, 0, 0] for row in first.rows + rest.rows]
     np.testing.assert_array_equal(logged, whole.state.frames[:20])
+
+
+def test_act_is_given_the_context_to_keep():
+    """Its arrays stay where they are: on a GPU less of the program has to be written anew for the next step."""
+    acting, first = AGENT.initial_acting(init(), 1), jnp.ones(1, bool)
+    frames = jnp.zeros((1, *ScriptedEnv.frame_shape), jnp.uint8)
+    _, later = programs.act(init(), acting, frames, jax.random.key(0), 3, first)
+    assert acting["steps"].is_deleted() and int(later["steps"][0]) == 1
 
 
 def test_the_clock_of_the_metrics_stands_still_between_two_parts(tmp_path, monkeypatch):

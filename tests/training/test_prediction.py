@@ -19,12 +19,12 @@ from drama_jax.envs import make_atari
 from drama_jax.replay import Batch
 from drama_jax.training import loop, prediction, programs
 from drama_jax.training.logging import Progress, Writer
-from tests.tools import quick_jit
 
 SEED, OTHER_SEED = 0, 7
 STEPS = 3900  # the paddle is found after 3,000 or so; with 6,000 the errors are no smaller
 HELD_OUT = 600  # steps
 WINDOW, CONTEXT = 24, 4
+pytestmark = pytest.mark.usefixtures("compiled_well")
 
 
 def breakout(config, seed):
@@ -67,7 +67,7 @@ def trained(tmp_path_factory):
     return state, held_out(config)
 
 
-measure = quick_jit(prediction.one_step_errors, static_argnames="context")
+measure = jax.jit(prediction.one_step_errors, static_argnames="context")
 
 
 def test_the_next_frame_is_predicted_better_than_copied(trained):
