@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,9 +31,8 @@ LAYERS = [(32, 16, 64, False), (32, 64, 32, True), (16, 128, 48, True), (8, 192,
 TRAINING = [(32, 16, 64), (32, 64, 32), (32, 64, 16), (32, 32, 64), (16, 128, 48), (8, 192, 64)]
 
 
-def layer_rows(frames: int) -> list[dict[str, Any]]:
+def layer_rows(frames: int) -> Iterator[dict[str, Any]]:
     """Every encoder layer in evaluation mode: convolution, bias, SiLU and the next layer's layout."""
-    rows = []
     for i, (height, channels, out, to_phases) in enumerate(LAYERS):
         x, kernel = inputs(i, frames, height, channels, out)
         bias = jax.random.normal(jax.random.key(9), (out,), jnp.float32)
@@ -41,17 +42,16 @@ def layer_rows(frames: int) -> list[dict[str, Any]]:
             return nn.space_to_depth(y) if phases else y
 
         ours = functools.partial(gpu_convolution.conv3x3, silu=True, to_phases=to_phases)
-        rows += compared(f"layer_{i}", {"xla": xla, "pallas": ours}, (x, kernel, bias), channels * out, channels + out)
-    return rows
+        functions = {"xla": xla, "pallas": ours}
+        yield from compared(f"layer_{i}", functions, (x, kernel, bias), channels * out, channels + out)
 
 
-def training_rows(frames: int) -> list[dict[str, Any]]:
+def training_rows(frames: int) -> Iterator[dict[str, Any]]:
     """Convolutions of training, and their kernel gradients: cuDNN through XLA against ours."""
-    rows = []
     for i, (height, channels, out) in enumerate(TRAINING):
         x, kernel = inputs(i, frames, height, channels, out)
         functions: dict[str, Any] = {"xla": plain, "pallas": gpu_convolution.conv3x3}
-        rows += compared(f"conv_{channels}_{out}", functions, (x, kernel), channels * out, channels + out)
+        yield from compared(f"conv_{channels}_{out}", functions, (x, kernel), channels * out, channels + out)
         if out > 64:
             continue
 
@@ -62,11 +62,10 @@ def training_rows(frames: int) -> list[dict[str, Any]]:
             gradient = plain(x, kernel)
             functions = {"xla": by_kernel, "pallas": gpu_convolution_gradient.kernel_gradient}
             name = f"kernel_gradient_{channels}_{out}"
-            rows += compared(name, functions, (x, gradient), channels * out, channels + out)
-    return rows
+            yield from compared(name, functions, (x, gradient), channels * out, channels + out)
 
 
-def first_layer_rows(frames: int) -> list[dict[str, Any]]:
+def first_layer_rows(frames: int) -> Iterator[dict[str, Any]]:
     """Backward pass of training's first layer: the passes of XLA and our kernel gradient against one kernel."""
     height, channels, out, _ = LAYERS[0]
     x, kernel = inputs(0, frames, height, channels, out)
@@ -85,7 +84,7 @@ def first_layer_rows(frames: int) -> list[dict[str, Any]]:
 
     functions = {name: functools.partial(backward, name) for name in pulls}
     arguments = (x, gradient, pulls)
-    return compared("first_layer_backward", functions, arguments, channels * out, channels + 2 * out)
+    yield from compared("first_layer_backward", functions, arguments, channels * out, channels + 2 * out)
 
 
 def inputs(seed: int, frames: int, height: int, channels: int, out: int) -> tuple[jax.Array, jax.Array]:
@@ -102,23 +101,21 @@ def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def compared(
     name: str, functions: dict[str, Any], arguments: tuple[Any, ...], products: int, channels: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One row per implementation; `error` is the largest difference from the first, over its largest value."""
     cells = arguments[0].size // arguments[0].shape[-1]
     floor = floors.floor_ms(2.0 * cells * 9 * products, 2.0 * cells * channels)
-    expected, rows = None, []
+    expected = None
     for implementation, function in functions.items():
         run = functools.partial(jax.jit(function), *arguments)
         result = run().astype(jnp.float32)
         expected = result if expected is None else expected
         error = float(jnp.abs(result - expected).max() / jnp.abs(expected).max())
         row = {"name": name, "implementation": implementation, "ms": common.queued_ms(run), "floor_ms": floor}
-        rows.append(row | {"error": error})
-        print(rows[-1], flush=True)
-    return rows
+        yield row | {"error": error}
 
 
-def pass_rows(frames: int, context: int) -> list[dict[str, Any]]:
+def pass_rows(frames: int, context: int) -> Iterator[dict[str, Any]]:
     """Encoder and decoder as a whole: training forward and backward, evaluation."""
     config, dtype = preset("xs").agent.world_model.autoencoder, jnp.bfloat16
     params, stats = jax.jit(lambda key: vae.init(key, config, dtype))(jax.random.key(0))
@@ -139,10 +136,8 @@ def pass_rows(frames: int, context: int) -> list[dict[str, Any]]:
         "decoder_forward": (lambda p: decode(p, latent), frames),
         "decoder_forward_backward": (jax.grad(lambda p: decode(p, latent).sum()), frames),
     }
-    return [
-        {"name": name, "frames": count, "ms": common.queued_ms(functools.partial(jax.jit(function), params))}
-        for name, (function, count) in functions.items()
-    ]
+    for name, (function, count) in functions.items():
+        yield {"name": name, "frames": count, "ms": common.queued_ms(functools.partial(jax.jit(function), params))}
 
 
 def main() -> None:
@@ -152,11 +147,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192, help="context frames of an imagination")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
-    rows = []
+    rows = [pass_rows(arguments.frames, arguments.context)]
     if gpu_convolution.available():
-        rows = layer_rows(arguments.context) + training_rows(arguments.frames) + first_layer_rows(arguments.frames)
-    rows += pass_rows(arguments.frames, arguments.context)
-    common.write_result("autoencoder", rows, arguments.out)
+        frames = arguments.frames
+        rows = [layer_rows(arguments.context), training_rows(frames), first_layer_rows(frames), *rows]
+    common.write_rows("autoencoder", itertools.chain(*rows), arguments.out)
 
 
 if __name__ == "__main__":

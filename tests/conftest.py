@@ -106,21 +106,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LEAST_BYTES = 3e9
+MOST_BYTES = 2.5e9
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory() -> Iterator[None]:
-    """Forgets compiled programs after a file that leaves the machine with less than `LEAST_BYTES` to give.
+    """Forgets compiled programs after a file that leaves the process with more than `MOST_BYTES`.
 
-    A process that has forgotten keeps most of its memory: it would forget after every file from then on.
+    It keeps its memory, and so forgets after every file from then on; that costs no time that could be measured.
     """
     yield
-    meminfo = pathlib.Path("/proc/meminfo")  # there on Linux
-    if meminfo.exists():
-        kilobytes = dict(line.split(":") for line in meminfo.read_text().splitlines())["MemAvailable"].split()[0]
-        if 1024 * int(kilobytes) < LEAST_BYTES:
-            jax.clear_caches()
+    statm = pathlib.Path("/proc/self/statm")  # there on Linux
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
+        jax.clear_caches()
 
 
 @functools.cache
