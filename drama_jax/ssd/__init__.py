@@ -62,7 +62,8 @@ __all__ = [
 
 FASTER = {"bfloat16": (65_536, 128)}
 """dtype of x -> the largest T and the largest N for which the kernels were measured to be faster than "chunked",
-forward and backward: on an H100, N = 16 and 128, T from 128 on and from 2,048 on (benchmarks/README.md, SSD scan)."""
+forward and backward: on an H100, with N = 16 from T = 128 on, with N = 128 from T = 2,048 on (benchmarks/README.md, SSD
+scan)."""
 Implementation = Literal["reference", "chunked", "pallas"]
 IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 

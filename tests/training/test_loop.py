@@ -230,8 +230,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, sto
     np.testing.assert_array_equal(logged, whole.state.frames[:20])
 
 
-def test_act_is_given_the_context_to_keep():
+def test_act_is_given_the_context_to_keep(monkeypatch):
     """Its arrays stay where they are: on a GPU less of the program has to be written anew for the next step."""
+    monkeypatch.setattr(programs, "agent", AGENT)
     acting, first = AGENT.initial_acting(init(), 1), jnp.ones(1, bool)
     frames = jnp.zeros((1, *ScriptedEnv.frame_shape), jnp.uint8)
     _, later = programs.act(init(), acting, frames, jax.random.key(0), 3, first)
