@@ -49,7 +49,8 @@ CASES: dict[str, Shape] = {  # B, T, H, P, N
 TINY: dict[str, Shape] = {"tiny": (2, 64, 2, 16, 16)}
 LENGTHS = [2**n for n in range(7, 17)]
 STRIPS = [1, 2, 4, 8]
-"""Of a sweep: those that divide the number of chunks. Others take longer (benchmarks/README.md)."""
+"""Those that divide the number of chunks: with others in one direction alone, the states that the forward pass saves
+are copied for the backward pass to fit its chunks."""
 LINKED = 10 * 2**24
 """Numbers of x that the calls in one function take together, so that it runs for longer than its dispatch takes."""
 Operands = dict[str, jax.Array]

@@ -60,7 +60,7 @@ def compiled_well() -> Iterator[None]:
 
 def compiler_flags() -> list[str]:
     """For XLA: to compile for a CPU in half the time (by hand, with JAX 0.10). What comes out of it is as fast."""
-    # What is compiled is not divided, as there is one core.
+    # Not divided among threads: a worker has one core, or shares two.
     flags = ["--xla_backend_optimization_level=1", "--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):  # later versions do not know the flag, and stop at it
         # XLA's newer way to compile fused loops for a CPU takes three times as long.
