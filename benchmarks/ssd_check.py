@@ -42,23 +42,35 @@ def check(
     names: Sequence[str] | None = None,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
 ) -> int:
-    """Every case, implementation and dtype against float64; writes the log, returns how many failed.
+    """Every case, implementation and dtype against float64; writes the log case by case, returns how many failed.
 
     Args:
       directory: of the log; None for benchmarks/results.
       names: of the cases; None for all. With names the kernels are also checked with the backward pass `apart`.
-      dtypes: of the operands.
+      dtypes: of the operands; of one alone the log's name has it.
     """
     contract = _contract()
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     cases = contract.CASES + (contract.REALISTIC if contract.ON_GPU else ())
-    head = f"ssd contract, {common.device_name()}, jax {jax.__version__}, commit {common.commit()}"
-    lines, failed = [head + ("" if contract.ON_GPU else ", kernels interpreted")], 0
     functions = {name: contract.implementation(name) for name in ("chunked", "pallas")}
     if names is not None:
         cases = [case for case in cases if case.name in names]
         functions["apart"] = functools.partial(apart, interpret=not contract.ON_GPU)
+    if not cases:
+        raise SystemExit(f"{' '.join(names or ())}: checked on a GPU only; without --cases the small cases are checked")
+    part = "".join(f"_{name}" for name in [*(names or ()), *(dtypes if len(dtypes) == 1 else ())])
+    out = (directory or common.RESULTS) / f"ssd_check{part}-{common.device_name().lower().replace(' ', '-')}.log"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    head = f"ssd contract, {common.device_name()}, jax {jax.__version__}, commit {common.commit()}"
+    out.write_text(head + ("" if contract.ON_GPU else ", kernels interpreted") + "\n")
+    failed = 0
+
+    def say(line: str) -> None:  # at once: a time limit must not cost the cases before it
+        print(line, flush=True)
+        with out.open("a") as log:
+            log.write(line + "\n")
+
     for case in cases:
         for dtype in dtypes:
             inputs, ids, weights = contract.numbers(case, jnp.dtype(dtype))
@@ -69,14 +81,9 @@ def check(
                 passed = all(error <= contract.TOLERANCE[dtype] for error in errors.values())
                 failed += not passed
                 parts = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-                lines.append(f"{'PASS' if passed else 'FAIL'} {implementation} {case.name} {dtype}: {parts}")
-                print(lines[-1], flush=True)
-    lines.append(f"{failed} failed; largest error over the largest value of each array, at most {contract.TOLERANCE}")
-    part = "" if names is None else "_" + "_".join(names)
-    out = (directory or common.RESULTS) / f"ssd_check{part}-{common.device_name().lower().replace(' ', '-')}.log"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n")
-    print(lines[-1], out, sep="\n")
+                say(f"{'PASS' if passed else 'FAIL'} {implementation} {case.name} {dtype}: {parts}")
+    say(f"{failed} failed; largest error over the largest value of each array, at most {contract.TOLERANCE}")
+    print(out)
     return failed
 
 
