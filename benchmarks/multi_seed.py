@@ -16,9 +16,10 @@ was measured:
 * two GPUs of a host train at least 1.9 times the seeds per hour of one, each with as many seeds as the one.
 
 `ratio` is the time of a step of all seeds over that of one seed alone: at or under the number of seeds, it pays to run
-them together. `peak_bytes` is the largest of the devices' peaks so far, so the numbers of seeds go up;
-`compiled_bytes` is the compiler's own count per device, on a CPU the only one. The result file is written anew after
-every number of seeds, so that a run which is cut off has lost nothing but the one under way.
+them together. Each number of seeds is measured in a process of its own: one that has held others before leaves its
+memory in pieces, and twelve seeds then do not fit. `peak_bytes` is the largest of the devices' peaks, and
+`compiled_bytes` the compiler's own count per device, on a CPU the only one. The result file is written anew after every
+number of seeds, so that a run which is cut off has lost nothing but the one under way.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,6 +122,22 @@ def cases(seeds: Sequence[int], devices: int) -> list[tuple[int, int]]:
     return [(count * number, number) for count in sorted(seeds) for number in (1, devices)]
 
 
+def measured(arguments: argparse.Namespace, name: str, seeds: int, devices: int, until: float) -> Row | None:
+    """`measure` in a process of its own; None if the seeds do not fit."""
+    flags = ["--alone", "--presets", name, "--seeds", str(seeds), "--devices", str(devices)]
+    flags += ["--repeats", str(arguments.repeats), "--stored", str(arguments.stored)]
+    flags += ["--seconds", str(until - time.monotonic())]
+    command = [sys.executable, "-m", "benchmarks.multi_seed", *flags]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        if "RESOURCE_EXHAUSTED" in done.stderr:
+            return None
+        raise SystemExit(done.stderr)
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
 def run(arguments: argparse.Namespace, name: str, until: float) -> None:
     """All cases of one preset, with a result file that grows."""
     benchmark = f"multi_seed-{name}" if arguments.devices == 1 else f"multi_device-{name}"
@@ -127,11 +147,8 @@ def run(arguments: argparse.Namespace, name: str, until: float) -> None:
         if time.monotonic() > until:
             print(f"{benchmark}: no time left for {seeds} seeds on {devices} devices", flush=True)
             break
-        try:
-            row = measure(preset(name).agent, seeds, devices, arguments.stored, arguments.repeats, until)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+        row = measured(arguments, name, seeds, devices, until)
+        if row is None:
             print(f"{benchmark}: {seeds} seeds on {devices} devices do not fit", flush=True)
             break
         row["preset"] = name
@@ -212,18 +229,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so long")
     parser.add_argument("--stored", type=int, default=20_000, help="steps in each replay")
     parser.add_argument("--out", type=pathlib.Path, default=common.RESULTS, help="directory of the result files")
+    parser.add_argument("--alone", action="store_true", help="one number of seeds, in this process; prints its row")
     parser.add_argument("--picture", action="store_true", help="only draw the result files")
     parser.add_argument("--device", default=None, help="whose result files to draw, as in their names; this one's")
     arguments = parser.parse_args()
     machine.set_xla_flags(deterministic=False)  # as a run does
+    if not arguments.alone:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process only asks the devices for their names
     if arguments.picture:
         print(draw(arguments.out, arguments.device or common.device_slug()))
         return
     if not 1 <= arguments.devices <= len(jax.local_devices()):
         raise SystemExit(f"error: --devices {arguments.devices}: there are {len(jax.local_devices())} here")
     until = time.monotonic() + arguments.seconds
-    # The larger of two presets would hide the peak of the smaller one.
-    for name in sorted(arguments.presets, key=lambda one: one != "tiny"):
+    if arguments.alone:
+        (name,), (seeds,) = arguments.presets, arguments.seeds
+        config = preset(name).agent
+        print(json.dumps(measure(config, seeds, arguments.devices, arguments.stored, arguments.repeats, until)))
+        return
+    for name in arguments.presets:
         run(arguments, name, until)
 
 

@@ -200,12 +200,18 @@ def lowerings(rows: Rows) -> str:
 
 
 def strips(rows: Rows) -> str:
-    """The scan in strips: milliseconds by the columns of P a program takes and the strips of either direction."""
-    body = []
-    for row in rows:
-        (cut,) = re.findall(r"width=(\d+).*?strips=(\d+), backward_strips=(\d+)", row["tiles"])
-        body.append([*cut, number(row["forward_ms"], 3), number(row["forward_backward_ms"], 3)])
-    return table(["width", "strips", "backward", "forward, ms", "forward and backward, ms"], body)
+    """The scan in strips: milliseconds forward, and both ways by the strips of the backward pass; first the default."""
+    cuts = [re.findall(r"strips=(\d+), backward_strips=(\d+)", row["tiles"])[0] for row in rows]
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for row, (forward, backward) in zip(rows, cuts, strict=True):
+        cells.setdefault((row["name"], forward), {})[backward] = row
+    columns = sorted({backward for _, backward in cuts}, key=int)
+    body = [
+        [*case, *(number(by[one]["forward_backward_ms"] if one in by else None, 3) for one in columns)]
+        for (name, count), by in cells.items()
+        for case in [(name, count, number(min(row["forward_ms"] for row in by.values()), 3))]
+    ]
+    return table(["shape", "strips", "forward, ms", *(f"both, backward in {one}" for one in columns)], body)
 
 
 def seeds(*files: Rows) -> str:
@@ -255,6 +261,7 @@ TABLES: dict[str, tuple[Callable[..., str], list[str]]] = {
     "autoencoder": (implementations, [f"autoencoder-{CARD}"]),
     "imagination": (parts, [f"imagination-{CARD}"]),
     "ssd": (scans, [f"ssd-{CARD}"]),
+    "ssd_float32": (scans, [f"ssd_float32-{CARD}"]),
     "ssd_lengths": (lengths, [f"ssd_lengths-{CARD}"]),
     "ssd_mosaic": (lowerings, [f"ssd_mosaic-{CARD}"]),
     "ssd_strips": (strips, [f"ssd_tune_strips-{CARD}"]),

@@ -60,10 +60,10 @@ __all__ = [
     "ssd_step",
 ]
 
-FASTER = {"bfloat16": (65_536, 128)}
+FASTER = {"bfloat16": (65_536, 128), "float32": (1_024, 16)}
 """dtype of x -> the largest T and the largest N for which the kernels were measured to be faster than "chunked",
 forward and backward: on an H100, with N = 16 from T = 128 on, with N = 128 from T = 2,048 on (benchmarks/README.md, SSD
-scan)."""
+scan). In float32, without the matrix units, N = 16 alone is, and only while T is short."""
 Implementation = Literal["reference", "chunked", "pallas"]
 IMPLEMENTATIONS = {"reference": ssd_reference, "chunked": ssd_chunked, "pallas": ssd_pallas}
 
