@@ -103,10 +103,10 @@ def loss(
     continuous = networks.is_continuous(params["actor"])
     log_probs = action_log_probs(logits, actions, continuous=continuous)
     terms = LossTerms(
-        policy_loss=-jnp.mean(weights * log_probs * advantages),
-        value_loss=jnp.mean(weights * distributions.two_hot_loss(raw_values[:, :-1], returns)),
-        slow_value_loss=jnp.mean(weights * distributions.two_hot_loss(raw_values[:, :-1], slow_returns)),
-        entropy=jnp.mean(weights * policies.entropy(logits, continuous=continuous)),
+        policy_loss=-_mean(weights * log_probs * advantages),
+        value_loss=_mean(weights * distributions.two_hot_loss(raw_values[:, :-1], returns)),
+        slow_value_loss=_mean(weights * distributions.two_hot_loss(raw_values[:, :-1], slow_returns)),
+        entropy=_mean(weights * policies.entropy(logits, continuous=continuous)),
         logits=logits,
         values=values,
         slow_values=slow_values,
@@ -116,6 +116,15 @@ def loss(
     )
     bonus = jnp.asarray(config.entropy_scale if entropy_scale is None else entropy_scale, logits.dtype)
     return terms.policy_loss + terms.value_loss + terms.slow_value_loss - bonus * terms.entropy, terms
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Mean of all numbers.
+
+    A GPU sums up to 16,384 in one block of threads, in which XLA would also compute them and whatever else reads what
+    they are made of: the lambda-returns of all rollouts, for the mean reward.
+    """
+    return jnp.mean(jax.lax.optimization_barrier(x))
 
 
 @jax.named_scope("behaviour")
@@ -175,12 +184,12 @@ def update(
         "entropy": terms.entropy,
         "return_scale": spread,
         # What moves the policy beside the entropy: as it is scaled, root of the mean square.
-        "advantage": jnp.sqrt(jnp.mean(jnp.square(terms.returns - terms.values[:, :-1]))) / jnp.maximum(1.0, spread),
+        "advantage": jnp.sqrt(_mean(jnp.square(terms.returns - terms.values[:, :-1]))) / jnp.maximum(1.0, spread),
         "total_loss": total,
         "grad_norm": optim.gradient_norm(opt_state),
-        "imagined_reward": jnp.mean(rewards),
-        "imagined_value": jnp.mean(terms.values),
-        "imagined_termination": jnp.mean(terminations.astype(terms.values.dtype)),
+        "imagined_reward": _mean(rewards),
+        "imagined_value": _mean(terms.values),
+        "imagined_termination": _mean(terminations.astype(terms.values.dtype)),
     }
     state = dataclasses.replace(
         state, params=params, slow_critic=slow_critic, opt_state=opt_state, return_scale=terms.return_scale

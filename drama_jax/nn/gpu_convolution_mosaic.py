@@ -27,9 +27,9 @@ FASTEST = {
     (64, 32): Cut(),
     (64, 16): Cut(),
     (128, 48): Cut(rows=2, stages=3, behind=2),
-    (16, 64): Cut(rows=2, parts=2),
 }
-"""By input and output channels, which are those of preset xs; of the second and the last only their sum is measured."""
+"""By input and output channels, which are those of preset xs. Not 16 to 64: most of its traffic is what it writes, and
+in two rows of two warpgroups it took 0.21 ms where Triton's kernel took 0.17 (2048 images, H100)."""
 
 
 def cut_for(x: jax.Array, out_channels: int) -> Cut | None:

@@ -110,7 +110,7 @@ def test_the_front_takes_it_for_many_images_where_there_is_mosaic(frames, has, m
     ("shape", "out", "expected"),
     [
         ((8192, 32, 32, 64), 32, Cut(rows=4)),
-        ((2048, 32, 32, 16), 64, Cut(rows=2, parts=2)),
+        ((2048, 32, 32, 16), 64, None),  # Triton is faster
         ((2048, 16, 16, 128), 48, Cut(rows=2, stages=3, behind=2)),
         ((2000, 32, 32, 64), 32, None),  # not full groups of images
         ((512, 32, 32, 64), 32, None),  # 64 programs
