@@ -15,6 +15,7 @@ from drama_jax.config import PRESETS, Fidelity, preset
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 
@@ -71,12 +72,23 @@ def test_every_path_in_the_layout_exists():
     assert [str(path) for path in paths if not path.exists()] == []
 
 
-def test_every_linked_file_exists():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_linked_file_and_section_exists(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
+    assert links
+    for link in links:
+        name, _, section = link.partition("#")
+        target = (page.parent / name).resolve()
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", PAGES[target], re.MULTILINE) if section else []
+        assert not section or section in [title.lower().replace(" ", "-") for title in titles], link
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[\w.-]+)", README))))
+def test_every_page_is_linked():
+    assert [page.name for page in PAGES if page.parent.name == "docs" and f"docs/{page.name}" not in README] == []
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[\w.-]+)", "".join(PAGES.values())))))
 def test_every_flag_is_accepted(flag, capsys):
     from experiments import atari_options
 
