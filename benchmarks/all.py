@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[int, str]] = {
     "seeds": (300, "multi_seed --presets xs"),
     "tiny": (150, "multi_seed --presets tiny"),
     "jax_env": (300, "jax_env"),
-    "check_all": (600, "ssd --check --dtypes bfloat16"),
+    "check_bfloat16": (600, "ssd --check --dtypes bfloat16"),
     "check_float32": (600, "ssd --check --dtypes float32"),
     "tune": (600, "ssd --tune"),
     "precision": (300, "precision --backend ale"),
