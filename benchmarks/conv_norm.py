@@ -27,11 +27,10 @@ from jax.experimental.pallas import triton as pltriton
 from benchmarks import common, floors, processes
 from drama_jax import nn
 from drama_jax.nn.batch_norm import normalise_silu
-from drama_jax.nn.gpu_cells import POSITIONS, divide, dot
+from drama_jax.nn.gpu_cells import POSITIONS, divide, dot, silu, silu_slope
+from drama_jax.nn.gpu_first_layer import CHANNELS, OUT, SPAN
 
-CHANNELS, OUT, PHASES = 16, 64, 4
-SPAN = 4 * CHANNELS
-"""Four cells in a row are contiguous: one product of this depth, whose last quarter is zeros, serves three taps."""
+PHASES = 4
 EPSILON = 1e-5
 FRAMES, SIDE = 2048, 32
 
@@ -56,14 +55,13 @@ def sums(result: jax.Array, y: jax.Array | None, vectors: list[jax.Array], inter
 
 def activation(result: jax.Array, y: jax.Array | None, vectors: list[jax.Array], interpret: bool) -> Any:
     """SiLU of the normalised result; vectors: factor and term."""
-    half = 0.5 * (result * vectors[0] + vectors[1])
-    return half * _tanh(half, interpret) + half
+    return silu(result * vectors[0] + vectors[1], interpret)
 
 
 def gradient_sums(result: jax.Array, y: jax.Array | None, vectors: list[jax.Array], interpret: bool) -> Any:
     """For the gradients by beta and gamma; vectors: factor and term of the normalisation, result by its SiLU."""
     assert y is not None
-    inner = result * _silu_slope(y * vectors[0] + vectors[1], interpret)
+    inner = result * silu_slope(y * vectors[0] + vectors[1], interpret)
     return inner, inner * y
 
 
@@ -71,17 +69,7 @@ def gradient(result: jax.Array, y: jax.Array | None, vectors: list[jax.Array], i
     """The gradient by y; vectors: factor, term, slope and level."""
     assert y is not None
     factor, term, slope, level = vectors
-    return result * _silu_slope(y * factor + term, interpret) * factor + y * slope + level
-
-
-def _tanh(x: jax.Array, interpret: bool) -> jax.Array:
-    # One instruction instead of an exponential and a division; the interpreter does not know it.
-    return jnp.tanh(x) if interpret else pltriton.approx_tanh(x)
-
-
-def _silu_slope(u: jax.Array, interpret: bool) -> jax.Array:
-    gate = 0.5 * _tanh(0.5 * u, interpret) + 0.5
-    return gate * (1 + u * (1 - gate))
+    return result * silu_slope(y * factor + term, interpret) * factor + y * slope + level
 
 
 def walk(
@@ -147,6 +135,7 @@ def _program(
     offset = divide(entry, channels)[0] - 1  # of the entry's cell: -1, 0, 1, and 2, which is left out
     neighbour = column[:, None] + offset[None, :]
     beside = there & (neighbour >= 0) & (neighbour < width) & (offset < 2)[None, :]
+    # Four cells in a row are contiguous: one product, whose last quarter is zeros, serves three taps.
     taps = [weight_ref[pl.ds(dy * SPAN, SPAN), :] for dy in range(3)]
     vectors = [vector_ref[pl.ds((1 + i) * OUT, OUT)][None, :] for i in range(count)]
 
@@ -220,7 +209,7 @@ def _tiled(*vectors: jax.Array) -> list[jax.Array]:
     return [jnp.tile(vector, PHASES) for vector in vectors]
 
 
-def _operands(case: str, frames: int, side: int) -> tuple[jax.Array, ...]:
+def operands(case: str, frames: int, side: int) -> tuple[jax.Array, ...]:
     """Of `forward`, or of `backward`."""
     keys = jax.random.split(jax.random.key(0), 5)
     shape = (3, 3, CHANNELS, OUT) if case == "forward" else (3, 3, OUT, CHANNELS)
@@ -236,12 +225,12 @@ def _operands(case: str, frames: int, side: int) -> tuple[jax.Array, ...]:
     return x, kernel, y, gamma, beta, mean, variance
 
 
-def package(case: str, *operands: jax.Array) -> Any:
+def package(case: str, *arrays: jax.Array) -> Any:
     """What the package makes of the operands of a case."""
     if case == "forward":
-        x, kernel, gamma, beta = operands
+        x, kernel, gamma, beta = arrays
         return normalise_silu(nn.conv3x3(x, kernel), gamma, beta, PHASES, EPSILON)
-    gradient_out, kernel, y, gamma, beta, _, _ = operands
+    gradient_out, kernel, y, gamma, beta, _, _ = arrays
 
     def function(y: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
         return nn.conv3x3(normalise_silu(y, gamma, beta, PHASES, EPSILON)[0], kernel)
@@ -261,7 +250,7 @@ def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
     """Error on some images, and time on those of a training batch, of one cut or of the package."""
     ours: Any = {"forward": forward, "backward": backward}[case]
     function = functools.partial(package, case) if name == "now" else functools.partial(ours, cut=CUTS[name])
-    few = _operands(case, 256, SIDE)
+    few = operands(case, 256, SIDE)
     wide = [array.astype(jnp.float32) for array in few]
     expected = jax.jit(functools.partial(package, case))(*wide)
     found: dict[str, Any] = {"error": error(jax.jit(function)(*few), expected)}
@@ -270,7 +259,7 @@ def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
     found["floor_ms"] = floors.floor_ms(2.0 * cells * 9 * CHANNELS * OUT, 2.0 * cells * (read + OUT))
     if only_check:
         return found
-    run = functools.partial(jax.jit(function), *_operands(case, FRAMES, SIDE))
+    run = functools.partial(jax.jit(function), *operands(case, FRAMES, SIDE))
     return found | {"ms": common.queued_ms(run)}
 
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, processes
 from benchmarks.update_step import filled_state
 from drama_jax import agent, replay
 from drama_jax.config import PRESETS, AgentConfig, preset
@@ -128,8 +127,7 @@ def measured(arguments: argparse.Namespace, name: str, seeds: int, devices: int,
     flags += ["--repeats", str(arguments.repeats), "--stored", str(arguments.stored)]
     flags += ["--seconds", str(until - time.monotonic())]
     command = [sys.executable, "-m", "benchmarks.multi_seed", *flags]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=processes.environment())
     if done.returncode:
         if "RESOURCE_EXHAUSTED" in done.stderr:
             return None
@@ -235,7 +233,7 @@ def main() -> None:
     arguments = parser.parse_args()
     machine.set_xla_flags(deterministic=False)  # as a run does
     if not arguments.alone:
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process only asks the devices for their names
+        processes.leave_the_device()
     if arguments.picture:
         print(draw(arguments.out, arguments.device or common.device_slug()))
         return

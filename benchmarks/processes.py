@@ -50,16 +50,24 @@ def main(
         case, name = given.row
         print(json.dumps(row(case, name, given.check)))
         return
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # this process only asks the device for its name
+    leave_the_device()
     common.write_rows(benchmark, rows(benchmark, given.cases, given.implementations, given.check), given.out)
+
+
+def leave_the_device() -> None:
+    """To be called before JAX is used, in a process that only asks the device for its name."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+
+def environment() -> dict[str, str]:
+    """Of a process that may have the device's memory to itself."""
+    return {key: value for key, value in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
 
 
 def rows(
     benchmark: str, cases: Sequence[str], implementations: Sequence[str], only_check: bool
 ) -> Iterator[dict[str, Any]]:
     """Runs the module once for each row, which begins with the names of case and implementation."""
-    # Each process may have the device's memory to itself.
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_PYTHON_CLIENT_PREALLOCATE"}
     for case in cases:
         for name in implementations:
             begun: dict[str, Any] = {"name": case, "implementation": name}
@@ -67,7 +75,7 @@ def rows(
             command = [sys.executable, "-m", f"benchmarks.{benchmark}", *flags]
             try:
                 done = subprocess.run(
-                    command, capture_output=True, text=True, check=False, timeout=LIMIT, env=environment
+                    command, capture_output=True, text=True, check=False, timeout=LIMIT, env=environment()
                 )
             except subprocess.TimeoutExpired:
                 yield begun | {"error": f"no result in {LIMIT} s"}

@@ -50,8 +50,6 @@ def check(
       dtypes: of the operands; of one alone the log's name has it.
     """
     contract = _contract()
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
     cases = contract.CASES + (contract.REALISTIC if contract.ON_GPU else ())
     functions = {name: contract.implementation(name) for name in ("chunked", "pallas")}
     if names is not None:
@@ -59,6 +57,8 @@ def check(
         functions["apart"] = functools.partial(apart, interpret=not contract.ON_GPU)
     if not cases:
         raise SystemExit(f"{' '.join(names or ())}: checked on a GPU only; without --cases the small cases are checked")
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
     part = "".join(f"_{name}" for name in [*(names or ()), *(dtypes if len(dtypes) == 1 else ())])
     out = (directory or common.RESULTS) / f"ssd_check{part}-{common.device_name().lower().replace(' ', '-')}.log"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,13 @@
 """What the benchmarks say about themselves: the README's tables are those of the result files, floors are counted."""
 
+import argparse
 import json
+import subprocess
 
 import jax
+import pytest
 
-from benchmarks import floors, multi_seed, tables, train_loop
+from benchmarks import floors, multi_seed, ssd_check, tables, train_loop
 from drama_jax import agent
 from drama_jax.config import AutoencoderConfig, preset
 
@@ -109,3 +112,40 @@ def test_programs_are_timed_while_they_are_made():
     assert "outside" not in programs
     assert set(programs["inside"]) == {"trace_s", "lower_s", "compile_s"}
     assert all(seconds > 0 for seconds in programs["inside"].values())
+
+
+def test_every_number_of_seeds_has_a_process_of_its_own(monkeypatch, tmp_path, capsys):
+    ended = iter(
+        [
+            (0, 'a remark\n{"seeds": 1, "devices": 1, "queued_ms": 2.0, "steps_per_s": 500.0}\n', ""),
+            (1, "", "RESOURCE_EXHAUSTED"),
+        ]
+    )
+    commands, real = [], subprocess.run
+
+    def run(command, **options):
+        if command[0] == "git":  # for the commit
+            return real(command, **options)
+        commands.append(command[command.index("--seeds") + 1])
+        assert "--alone" in command and "XLA_PYTHON_CLIENT_PREALLOCATE" not in options["env"]
+        code, out, err = next(ended, (1, "", "another mistake"))
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(multi_seed.subprocess, "run", run)
+    given = argparse.Namespace(devices=1, seeds=[12, 1], repeats=3, stored=9, out=tmp_path)
+    multi_seed.run(given, "tiny", float("inf"))
+    assert commands == ["1", "12"]
+    (written,) = tmp_path.glob("multi_seed-tiny-*.json")
+    assert json.loads(written.read_text())["rows"] == [
+        {"seeds": 1, "devices": 1, "queued_ms": 2.0, "steps_per_s": 500.0, "preset": "tiny", "ratio": 1.0}
+    ]
+    assert "12 seeds on 1 devices do not fit" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="another mistake"):
+        multi_seed.run(given, "tiny", float("inf"))
+
+
+def test_a_check_of_no_case_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="drama_train: checked on a GPU only"):
+        ssd_check.check(tmp_path, ["drama_train"])
+    assert not list(tmp_path.iterdir()) and not jax.config.jax_enable_x64

@@ -16,7 +16,7 @@ FUNCTIONS = {"forward": conv_norm.forward, "backward": conv_norm.backward}
 @pytest.mark.parametrize(("frames", "side"), [(3, 32), (11, 8)])
 @pytest.mark.parametrize("case", FUNCTIONS)
 def test_two_passes_equal_the_package(case, frames, side):
-    operands = conv_norm._operands(case, frames, side)
+    operands = conv_norm.operands(case, frames, side)
     function = functools.partial(FUNCTIONS[case], cut=conv_norm.Cut(4, 1), interpret=True)
     found = jax.jit(function)(*operands)
     wide = [array.astype(jnp.float32) for array in operands]
@@ -31,6 +31,6 @@ def test_two_passes_equal_the_package(case, frames, side):
 @pytest.mark.parametrize("name", conv_norm.CUTS)
 def test_every_cut_lowers_for_a_gpu(name):
     for case, function in FUNCTIONS.items():
-        abstract = jax.eval_shape(functools.partial(conv_norm._operands, case, conv_norm.FRAMES, conv_norm.SIDE))
+        abstract = jax.eval_shape(functools.partial(conv_norm.operands, case, conv_norm.FRAMES, conv_norm.SIDE))
         text = lower_for_cuda(functools.partial(function, cut=conv_norm.CUTS[name]), *abstract)
         assert text.count("__gpu$xla.gpu.triton") == 2

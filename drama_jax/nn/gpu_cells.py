@@ -78,6 +78,23 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def silu(x: jax.Array, interpret: bool) -> jax.Array:
+    """SiLU, to about 11 bits on a GPU."""
+    half = 0.5 * x
+    return half * _tanh(half, interpret) + half
+
+
+def silu_slope(x: jax.Array, interpret: bool) -> jax.Array:
+    """The derivative of SiLU, to about 11 bits on a GPU."""
+    gate = 0.5 * _tanh(0.5 * x, interpret) + 0.5
+    return gate * (1 + x * (1 - gate))
+
+
+def _tanh(x: jax.Array, interpret: bool) -> jax.Array:
+    # One instruction instead of an exponential and a division; the interpreter does not know it.
+    return jnp.tanh(x) if interpret else pltriton.approx_tanh(x)
+
+
 def divide(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
     """Quotient and remainder of non-negative numbers; `//` and `%` would handle signs, which does not lower."""
     quotient = jax.lax.div(x, jnp.full_like(x, divisor))

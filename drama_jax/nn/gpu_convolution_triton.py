@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from drama_jax.nn import gpu_cells
 from drama_jax.nn.gpu_cells import FULL, POSITIONS, STAGES, Cells, divide, dot, launch
 
 ROWS_HELD = 4
@@ -59,19 +60,13 @@ def conv3x3(
         )
 
     def end(y: jax.Array) -> jax.Array:
-        return _silu(y, interpret) if silu else y
+        return gpu_cells.silu(y, interpret) if silu else y
 
     run = _walk if channels <= 64 else _block
     y = run(x, kernel, bias, end, to_phases, interpret, f"{name}_{channels}_{out_channels}")
     if to_phases:
         return y.reshape(images, height // 2, width // 2, 4 * out_channels)
     return y.reshape(images, height, width, out_channels)
-
-
-def _silu(y: jax.Array, interpret: bool) -> jax.Array:
-    # One instruction instead of an exponential and a division; the interpreter does not know it.
-    half = 0.5 * y
-    return half * (jnp.tanh(half) if interpret else pltriton.approx_tanh(half)) + half
 
 
 End = Callable[[jax.Array], jax.Array]
