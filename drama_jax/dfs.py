@@ -13,6 +13,7 @@ N is the number of entries (the replay's capacity).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import flax.struct
@@ -23,7 +24,7 @@ from drama_jax import checks
 
 _SMALLEST = 1e-30
 """Temperatures and ratios must be positive."""
-_COMPARED = 2048
+_COMPARED = 4096
 """Most values that are compared each with each."""
 
 
@@ -119,10 +120,6 @@ def sample_masked(key: jax.Array, logits: jax.Array, valid: jax.Array, num: int)
 def largest(values: jax.Array, num: int) -> jax.Array:
     """Indices of the `num` largest of `values`, largest first and the first of equals first, as `lax.top_k` has them.
 
-    For many values a GPU sorts them all, and for up to 16 numbers runs `top_k` in one block, which takes 55 us (H200)
-    for a thousand values. In rows of R values, the `num` largest lie in the `num` rows whose maxima are the largest, so
-    that N / R maxima and num R values are left; each of so few is compared with all others at the same time.
-
     Args:
       values: [N] numbers, none of them NaN.
       num: How many, 1..N.
@@ -132,14 +129,38 @@ def largest(values: jax.Array, num: int) -> jax.Array:
     """
     checks.arrays("dfs.largest", values=(values, ("N",), "float"))
     checks.integers("dfs.largest", 1, values.shape[0], num=num)
-    width = 1 << round(math.log2(math.sqrt(values.shape[0] / num)))
-    rows = -(-values.shape[0] // width)
-    if width < 4 or max(rows, num * width) > _COMPARED:
-        return jax.lax.top_k(values, num)[1]
-    table = jnp.pad(values, (0, rows * width - values.shape[0]), constant_values=-jnp.inf).reshape(rows, width)
-    best = _in_order(table.max(axis=1), jnp.arange(rows, dtype=jnp.int32), num)
+    sort, compare = (functools.partial(way, num=num) for way in (_largest_by_top_k, largest_by_comparison))
+    found: jax.Array = jax.lax.platform_dependent(values, cpu=sort, default=compare)
+    return found
+
+
+def _largest_by_top_k(values: jax.Array, num: int) -> jax.Array:
+    return jax.lax.top_k(values, num)[1]
+
+
+def largest_by_comparison(values: jax.Array, num: int) -> jax.Array:
+    """`largest` as accelerators find it.
+
+    XLA's `top_k` sorts all values on a GPU, in launches of their own that a waiting device feels (0.3 ms, H100), or for
+    up to 16 numbers runs in one block, which takes 55 us for a thousand values (H200). In rows of R values, the `num`
+    largest lie in the `num` rows whose maxima are the largest: N / R maxima and num R values are left, and of each of
+    them the `num` largest are found likewise, until they are so few that each is compared with all others at once.
+
+    Args:
+      values: as for `largest`, and `num` and what is returned likewise.
+    """
+    size = values.shape[0]
+    if size <= _COMPARED:
+        return _in_order(values, jnp.arange(size, dtype=jnp.int32), num)
+    width = 1 << round(math.log2(math.sqrt(size / num)))
+    if width < 4:
+        return _largest_by_top_k(values, num)
+    rows = -(-size // width)
+    table = jnp.pad(values, (0, rows * width - size), constant_values=-jnp.inf).reshape(rows, width)
+    best = largest_by_comparison(table.max(axis=1), num)
+    best = _in_order(-best, best, num)  # in the order of the table, so that of equals the first remains the first
     index = best[:, None] * width + jnp.arange(width, dtype=jnp.int32)
-    return _in_order(table[best].reshape(-1), index.reshape(-1), num)
+    return index.reshape(-1)[largest_by_comparison(table[best].reshape(-1), num)]
 
 
 def _in_order(values: jax.Array, index: jax.Array, num: int) -> jax.Array:

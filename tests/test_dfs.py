@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from drama_jax import dfs
+from tests.tools import lower_for_cuda
 
 SETTINGS = [("a1.0_b1.0_t10_it10", 1.0, 1.0, 10.0, 10.0), ("a0.5_b2.0_t20_it5", 0.5, 2.0, 20.0, 5.0)]
 SETTINGS += [("a0.0_b0.0_t20_it20", 0.0, 0.0, 20.0, 20.0)]
@@ -91,32 +92,41 @@ def test_draws_are_valid_and_distinct(counts, seed, num, extra):
     assert len(set(drawn.tolist())) == num
 
 
+_compared = jax.jit(dfs.largest_by_comparison, static_argnums=1)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
-    size=st.sampled_from([1, 7, 64, 1000, 4097]),
-    share=st.floats(0, 1),
+    sizes=st.sampled_from([(1, 1), (7, 3), (1000, 1), (1000, 400), (4097, 16), (30_000, 16), (70_000, 700)]),
     levels=st.integers(1, 40),
     seed=st.integers(0, 2**16),
 )
-def test_largest_is_top_k_with_equals_in_their_order(size, share, levels, seed):
-    num = max(1, min(16, int(share * size)))
+def test_largest_is_top_k_with_equals_in_their_order(sizes, levels, seed):
+    size, num = sizes
     rng = np.random.default_rng(seed)
     values = jnp.asarray(np.where(rng.random(size) < 0.3, -np.inf, rng.integers(levels, size=size)), jnp.float32)
-    found = jax.jit(dfs.largest, static_argnums=1)(values, num)
-    np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:num])
+    expected = np.argsort(-np.asarray(values), kind="stable")[:num]
+    for way in (_compared, jax.jit(dfs.largest, static_argnums=1)):
+        np.testing.assert_array_equal(way(values, num), expected)
 
 
-@pytest.mark.parametrize(("num", "sorts"), [(16, 0), (1024, 1)])
-def test_largest_sorts_nothing_for_few_of_a_full_replay(num, sorts):
+@pytest.mark.parametrize(("num", "sorts"), [(16, 0), (1024, 0), (40_000, 1)])
+def test_accelerators_sort_nothing_for_few_of_a_full_replay(num, sorts):
     values = jax.random.gumbel(jax.random.key(0), (100_000,))
-    np.testing.assert_array_equal(dfs.largest(values, num), jax.lax.top_k(values, num)[1])
-    equations = jax.make_jaxpr(lambda values: dfs.largest(values, num))(values).eqns
-    assert sum(equation.primitive.name in ("top_k", "sort") for equation in equations) == sorts
+    np.testing.assert_array_equal(_compared(values, num), jax.lax.top_k(values, num)[1])
+    text = lower_for_cuda(lambda values: dfs.largest(values, num), values)
+    assert text.count("chlo.top_k") + text.count("stablehlo.sort") == sorts
+
+
+def test_largest_of_several_at_once():
+    values = jax.random.gumbel(jax.random.key(2), (3, 9_000))
+    found = jax.jit(jax.vmap(lambda values: dfs.largest_by_comparison(values, 300)))(values)
+    np.testing.assert_array_equal(found, jax.lax.top_k(values, 300)[1])
 
 
 def test_largest_is_int32_in_float64_too(x64):
     values = jax.random.gumbel(jax.random.key(1), (5_000,))
-    found = jax.jit(dfs.largest, static_argnums=1)(values, 16)
+    found = _compared(values, 16)
     assert values.dtype == jnp.float64 and found.dtype == jnp.int32
     np.testing.assert_array_equal(found, np.argsort(-np.asarray(values), kind="stable")[:16])
 
