@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from drama_jax.nn import gpu_convolution, gpu_first_layer
+from drama_jax.nn import gpu_convolution, gpu_first_layer, gpu_first_layer_forward
 from drama_jax.nn.convolution import conv3x3, depth_to_space, space_to_depth
 
 Layout = Literal["same", "phases", "pixels"]
@@ -129,13 +129,27 @@ def _normalise_silu(
     y: jax.Array, gamma: jax.Array, beta: jax.Array, phases: int, epsilon: float, layout: Layout
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
     wide = y.astype(gamma.dtype)
-    mean = _per_channel_mean(wide, phases)
-    var = jnp.maximum(_per_channel_mean(jnp.square(wide), phases) - jnp.square(mean), 0)
+    means = _per_channel_mean(wide, phases), _per_channel_mean(jnp.square(wide), phases)
+    return _normalise_silu_by(means, y, gamma, beta, phases, epsilon, layout)
+
+
+def _normalise_silu_by(
+    means: tuple[jax.Array, jax.Array],
+    y: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array,
+    phases: int,
+    epsilon: float,
+    layout: Layout,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    """`_normalise_silu`, given the means of y and of its square, both [C]."""
+    mean, square = means
+    var = jnp.maximum(square - jnp.square(mean), 0)
     inverse = lax.rsqrt(var + epsilon)
     scale = gamma * inverse
     shift = beta - mean * scale
     factor, term = across(phases, scale, shift)
-    activated = nn.silu(wide * factor + term).astype(y.dtype)
+    activated = nn.silu(y.astype(gamma.dtype) * factor + term).astype(y.dtype)
     return (rearrange(activated, layout), mean, var), (y, scale, shift, mean, inverse)
 
 
@@ -186,27 +200,29 @@ def conv_normalise_silu(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`normalise_silu(conv3x3(x, kernel), gamma, beta, phases, epsilon)`, whose gradients are one pass on a GPU.
+    """`normalise_silu(conv3x3(x, kernel), gamma, beta, phases, epsilon)`, as kernels of a GPU.
 
     Args:
-      x: [N, h, w, 16], of a size that `gpu_first_layer.sums` takes.
+      x: [N, h, w, 16], of a size that `nn.gpu_first_layer` takes.
       kernel: [3, 3, 16, phases * C], of the dtype of `x`.
       gamma: [C].
       beta: [C].
       phases: static.
       epsilon: static.
-      interpret: run the backward pass without a GPU, slowly; static.
+      interpret: run the kernels without a GPU, slowly; static.
 
     Returns:
       As `normalise_silu`, for the layout "same".
     """
-    return normalise_silu(conv3x3(x, kernel), gamma, beta, phases, epsilon)
+    return _conv_normalise_silu(x, kernel, gamma, beta, phases, epsilon, interpret)[0]
 
 
 def _conv_normalise_silu(
     x: jax.Array, kernel: jax.Array, gamma: jax.Array, beta: jax.Array, phases: int, epsilon: float, interpret: bool
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]]:
-    result, saved = _normalise_silu(conv3x3(x, kernel), gamma, beta, phases, epsilon, "same")
+    y, sums = gpu_first_layer_forward.conv3x3_and_sums(x, kernel, interpret=interpret)
+    mean, square = sums.reshape(2, phases, -1).sum(axis=1).astype(gamma.dtype) / (y.size // gamma.shape[0])
+    result, saved = _normalise_silu_by((mean, square), y, gamma, beta, phases, epsilon, "same")
     return result, (x, kernel, saved)
 
 

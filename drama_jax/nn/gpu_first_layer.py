@@ -13,7 +13,8 @@ Four cells in a row, of 16 channels each, are 64 contiguous numbers, the last 16
 of depth 64 per row and operand replace nine of depth 16. Programs share the images; their sums are added afterwards in
 a fixed order, so that the result is reproducible. Under `jax.vmap` each example gets programs of its own, which read
 their part of the stacked arrays: examples one by one, as for XLA's convolutions, would have to be copied out first.
-Notation as in `nn.gpu_convolution`, whose `available` says where the kernel runs.
+Notation as in `nn.gpu_convolution`, whose `available` says where the kernel runs; `nn.gpu_first_layer_forward` is the
+way there.
 """
 
 from __future__ import annotations
@@ -55,6 +56,16 @@ def padded(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + (missing,)), jnp.pad(kernel, ((0, 0), (0, 0), missing, (0, 0)))
 
 
+def check(function: str, shape: tuple[int, ...], out: int) -> None:
+    """Refuses an input [N, h, w, I] or a number of outputs that the kernels are not made for."""
+    _, height, width, channels = shape
+    if channels != CHANNELS or POSITIONS % width or (out not in (16, 32) and out % OUT):
+        raise ValueError(
+            f"{function} needs I 16, w a divisor of 64, and O 16, 32 or a multiple of 64; got "
+            f"[N, {height}, {width}, {channels}] and O {out}"
+        )
+
+
 def sums(
     x: jax.Array,
     y: jax.Array,
@@ -81,13 +92,9 @@ def sums(
     Raises:
       ValueError: if the shape is none of these.
     """
-    images, height, width, channels = x.shape
+    check("gpu_first_layer.sums", x.shape, y.shape[-1])
+    images, _, width, channels = x.shape
     out = y.shape[-1]
-    if channels != CHANNELS or POSITIONS % width or (out not in (16, 32) and out % OUT):
-        raise ValueError(
-            "gpu_first_layer.sums needs I 16, w a divisor of 64, and O 16, 32 or a multiple of 64; got "
-            f"[N, {height}, {width}, {channels}] and O {out}"
-        )
     block = min(out, OUT)
     groups = pl.cdiv(images, POSITIONS // width)
     programs = min(max(PROGRAMS // (out // block), 1), groups)
