@@ -8,6 +8,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
+ENOUGH = 256
+"""Programs from which on `gradients` is not cut into strips: each strip then costs more than it gains."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
@@ -117,60 +120,43 @@ class Plan:
         return self.batch * self.tiles.strips * self.blocks * self.heads
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How inputs with a state of so many entries are cut, and into how many strips."""
-
-    state_dim: int
-    """The largest N it is for."""
-    programs: int
-    """That the strips should make."""
-    tiles: Tiles
-    enough: int | None = None
-    """Programs from which on a sequence stays whole: each strip then costs more than it gains. None for `programs`."""
-    backward_enough: int = 256
-    """As `enough`, of `gradients`."""
-
-    def strips(self, programs: int, enough: int | None) -> int:
-        """What `programs`, of whole sequences, are multiplied by."""
-        return 1 if programs >= (enough or self.programs) else _cdiv(self.programs, programs)
-
-
-CUTS: dict[str, list[Cut]] = {
+CUTS: dict[str, list[tuple[int, int, Tiles]]] = {
     "bfloat16": [
-        Cut(32, 1024, Tiles(chunk=32, width=64, depth=16)),
-        Cut(64, 256, Tiles(chunk=32, width=64, depth=32, warps=8, backward_warps=8)),
-        Cut(128, 384, Tiles(chunk=64, width=64, depth=128, stages=2, apart=Apart(depth=64)), 192, 192),
-        Cut(256, 256, Tiles(chunk=64, width=32, depth=64, warps=8, backward_warps=8)),
+        (32, 1024, Tiles(chunk=32, width=64, depth=16)),
+        (64, 256, Tiles(chunk=32, width=64, depth=32, warps=8, backward_warps=8)),
+        (128, 264, Tiles(chunk=64, width=64, depth=128, stages=2, apart=Apart(depth=64))),
+        (256, 256, Tiles(chunk=64, width=32, depth=64, warps=8, backward_warps=8)),
     ],
     "float32": [
-        Cut(64, 256, Tiles(chunk=16, width=32, depth=16)),
-        Cut(128, 256, Tiles(chunk=16, width=32, depth=32)),
-        Cut(256, 256, Tiles(chunk=16, width=16, depth=32)),
+        (64, 256, Tiles(chunk=16, width=32, depth=16)),
+        (128, 256, Tiles(chunk=16, width=32, depth=32)),
+        (256, 256, Tiles(chunk=16, width=16, depth=32)),
     ],
 }
-"""By dtype, smallest N first. In bfloat16, N to 32 is the fastest of `python -m benchmarks.ssd --tune` on a card, and N
-to 128 of those of `--tune --strips` and by hand (benchmarks/README.md); the others are, of the cuts tried with the
+"""Largest N, and up to it how many programs the strips may make, and the cut. In bfloat16, N to 32 is the fastest of
+`python -m benchmarks.ssd --tune` on a card, and N to 128 of those of `--tune --strips` and by hand
+(benchmarks/README.md), with two programs per multiprocessor of an H100. The others are, of the cuts tried with the
 compiler for an H100, those with the fewest registers spilt."""
 
 
 def default_tiles(x: jax.Array, B: jax.Array) -> Tiles:
-    """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as few strips as make the programs that are wanted."""
+    """How to cut x [B, T, H, P] and B [B, T, G, N]: `CUTS`, and as many strips as the programs allow."""
     batch, time, heads, head_dim = x.shape
     state_dim = padded(B.shape[-1])
     cuts = CUTS["bfloat16" if x.dtype == jnp.bfloat16 else "float32"]
-    cut = next(cut for cut in cuts if state_dim <= cut.state_dim)
-    chunk, width = min(cut.tiles.chunk, padded(time)), min(cut.tiles.width, padded(head_dim))
+    most, cut = next((most, cut) for largest, most, cut in cuts if state_dim <= largest)
+    chunk, width = min(cut.chunk, padded(time)), min(cut.width, padded(head_dim))
+    chunks = _cdiv(time, chunk)
     programs = batch * heads * _cdiv(head_dim, width)
     # A strip costs a second reading of its inputs: four chunks or more make that worth while.
-    most = max(1, _cdiv(time, chunk) // 4)
+    strips = max(1, min(most // programs, chunks // 4))
     return dataclasses.replace(
-        cut.tiles,
+        cut,
         chunk=chunk,
         width=width,
-        depth=min(cut.tiles.depth, state_dim),
-        strips=min(most, cut.strips(programs, cut.enough)),
-        backward_strips=min(most, cut.strips(programs, cut.backward_enough)),
+        depth=min(cut.depth, state_dim),
+        strips=strips,
+        backward_strips=strips if programs < ENOUGH else 1,
     )
 
 
