@@ -33,7 +33,6 @@ PARTS: dict[str, tuple[int, str]] = {
     "imagination": (120, "imagination"),
     "autoencoder": (300, "autoencoder"),
     "ssd_float32": (300, "ssd --dtypes float32 --lengths"),
-    "conv_norm": (300, "conv_norm"),
     "conv_mosaic": (600, "conv_mosaic"),
     "seeds": (300, "multi_seed --presets xs"),
     "tiny": (150, "multi_seed --presets tiny"),
