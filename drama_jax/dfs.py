@@ -153,7 +153,7 @@ def largest_by_comparison(values: jax.Array, num: int) -> jax.Array:
     if size <= _COMPARED:
         return _in_order(values, jnp.arange(size, dtype=jnp.int32), num)
     width = 1 << round(math.log2(math.sqrt(size / num)))
-    if width < 4:
+    if width < 4 or num > _COMPARED:
         return _largest_by_top_k(values, num)
     rows = -(-size // width)
     table = jnp.pad(values, (0, rows * width - size), constant_values=-jnp.inf).reshape(rows, width)
