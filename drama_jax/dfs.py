@@ -141,8 +141,8 @@ def _largest_by_top_k(values: jax.Array, num: int) -> jax.Array:
 def largest_by_comparison(values: jax.Array, num: int) -> jax.Array:
     """`largest` as accelerators find it.
 
-    XLA's `top_k` sorts all values on a GPU, in launches of their own that a waiting device feels (0.3 ms, H100), or for
-    up to 16 numbers runs in one block, which takes 55 us for a thousand values (H200). In rows of R values, the `num`
+    XLA's `top_k` sorts all values on a GPU, in ten launches outside CUDA graphs (0.6 ms of waiting, H100), or for up to
+    16 numbers runs in one block, which takes 55 us for a thousand values (H200). In rows of R values, the `num`
     largest lie in the `num` rows whose maxima are the largest: N / R maxima and num R values are left, and of each of
     them the `num` largest are found likewise, until they are so few that each is compared with all others at once.
 

@@ -221,8 +221,7 @@ def _conv_normalise_silu(
     x: jax.Array, kernel: jax.Array, gamma: jax.Array, beta: jax.Array, phases: int, epsilon: float, interpret: bool
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]]:
     y, sums = gpu_first_layer_forward.conv3x3_and_sums(x, kernel, interpret=interpret)
-    mean, square = sums.reshape(2, phases, -1).sum(axis=1).astype(gamma.dtype) / (y.size // gamma.shape[0])
-    result, saved = _normalise_silu_by((mean, square), y, gamma, beta, phases, epsilon, "same")
+    result, saved = _normalise_silu_by(_means_of(sums, y, gamma), y, gamma, beta, phases, epsilon, "same")
     return result, (x, kernel, saved)
 
 
@@ -241,18 +240,25 @@ def _conv_normalise_silu_backward(
 
     vectors = scale.astype(jnp.float32), shift.astype(jnp.float32)
     by_inner, by_output, sums, at_taps = gpu_first_layer.sums(x, y, gradients[0], *vectors, interpret=interpret)
-    count = y.size // scale.shape[0]
-    by_beta, by_y = sums.reshape(2, phases, -1).sum(axis=1).astype(scale.dtype) / count
+    by_beta, by_y = _means_of(sums, y, scale)
     by_gamma = inverse * (by_y - mean * by_beta)
     slope, level = _slope_and_level(by_beta, by_gamma, saved)
     by_kernel = by_inner * tiled(scale) + by_output * tiled(slope) + at_taps[..., None] * tiled(level)
     # The compiler leaves this out where nothing reads it, as for frames.
     through_norm, _, _ = _normalise_silu_backward(phases, epsilon, "same", saved, gradients)
     (by_x,) = jax.vjp(lambda x: conv3x3(x, kernel), x)[1](through_norm)
+    count = y.size // scale.shape[0]
     return by_x, by_kernel.astype(kernel.dtype), by_gamma * count, by_beta * count
 
 
 conv_normalise_silu.defvjp(_conv_normalise_silu, _conv_normalise_silu_backward)
+
+
+def _means_of(sums: jax.Array, y: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two sums [2, phases * C] over the cells of y to means per channel, both of the shape [C] and dtype of `like`."""
+    channels = like.shape[0]
+    first, second = sums.reshape(2, -1, channels).sum(axis=1).astype(like.dtype) / (y.size // channels)
+    return first, second
 
 
 def _slope_and_level(

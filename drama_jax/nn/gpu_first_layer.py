@@ -57,7 +57,7 @@ def padded(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def check(function: str, shape: tuple[int, ...], out: int) -> None:
-    """Refuses an input [N, h, w, I] or a number of outputs that the kernels are not made for."""
+    """Raises ValueError for an input [N, h, w, I] or a number of outputs that the kernels are not made for."""
     _, height, width, channels = shape
     if channels != CHANNELS or POSITIONS % width or (out not in (16, 32) and out % OUT):
         raise ValueError(
@@ -132,7 +132,6 @@ def _program(
     program = pl.program_id(0)
     channel = pl.program_id(1) * block + jnp.arange(block)
     entry = jnp.arange(SPAN)
-    offset = divide(entry, CHANNELS)[0] - 1  # of the entry's cell: -1, 0, 1, and 2, which is left out
     image_of_group, column = divide(jnp.arange(POSITIONS), width)
     _, feature = divide(channel, scale_ref.shape[0])
     scale, shift = pltriton.load(scale_ref.at[feature])[None, :], pltriton.load(shift_ref.at[feature])[None, :]
@@ -148,8 +147,7 @@ def _program(
         wide = y.astype(jnp.float32)
         inner = gradient.astype(jnp.float32) * silu_slope(wide * scale + shift, interpret)
         rounded = inner.astype(y.dtype)
-        neighbour = column[:, None] + offset[None, :]
-        beside = there & (neighbour >= 0) & (neighbour < width) & (offset < 2)[None, :]
+        beside = there & in_row(column, entry, width)
         by_inner, by_y = list(carry[:3]), list(carry[3:6])
         for dy in range(3):
             above = row + dy - 1
@@ -167,6 +165,16 @@ def _program(
         pltriton.store(products_ref.at[line[:, None] + channel[None, :]], product)
     for i, total in enumerate((inner, weighted)):
         pltriton.store(totals_ref.at[(program * 2 + i) * out + channel], jnp.sum(total, axis=0))
+
+
+def in_row(column: jax.Array, entry: jax.Array, width: int) -> jax.Array:
+    """Which entries [SPAN] of the four cells that begin left of `column` [positions] count: [positions, SPAN] bool.
+
+    Those of the three cells around a column, as far as the row has them; the fourth is left out.
+    """
+    offset = divide(entry, CHANNELS)[0] - 1  # of the entry's cell
+    neighbour = column[:, None] + offset[None, :]
+    return (neighbour >= 0) & (neighbour < width) & (offset < 2)[None, :]
 
 
 def _sums_at_taps(x: jax.Array) -> jax.Array:

@@ -20,10 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from drama_jax.nn.gpu_cells import POSITIONS, divide, dot
-from drama_jax.nn.gpu_first_layer import CHANNELS, OUT, SPAN, check
+from drama_jax.nn.gpu_first_layer import CHANNELS, OUT, SPAN, check, in_row
 
 WARPS = 4
 STAGES = 4
+"""The fastest of seven ways to cut it (benchmarks/README.md); no effect on results."""
 
 
 def conv3x3_and_sums(x: jax.Array, kernel: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -68,9 +69,7 @@ def _program(x_ref: Any, weight_ref: Any, y_ref: Any, totals_ref: Any, *, shape:
     image_of_group, column = divide(jnp.arange(POSITIONS), width)
     image = group * (POSITIONS // width) + image_of_group
     there = (image < images)[:, None]
-    offset = divide(entry, CHANNELS)[0] - 1  # of the entry's cell: -1, 0, 1, and 2, which is left out
-    neighbour = column[:, None] + offset[None, :]
-    beside = there & (neighbour >= 0) & (neighbour < width) & (offset < 2)[None, :]
+    beside = there & in_row(column, entry, width)
     taps = [weight_ref[pl.ds(dy * SPAN, SPAN), pl.ds(first, block)] for dy in range(3)]
 
     def step(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
