@@ -266,11 +266,12 @@ def test_flags_of_xla_that_are_set_already_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x")
     for deterministic in (False, True, True):
         machine.set_xla_flags(deterministic=deterministic)
-    added = "--xla_gpu_enable_triton_gemm=false --xla_gpu_deterministic_ops=true"
-    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=/tmp/x {added}"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    added = "--xla_gpu_enable_triton_gemm=false --xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=/tmp/x {added} --xla_gpu_deterministic_ops=true"
+    own = "--xla_gpu_command_buffer_scheduling_mode=LHS --xla_gpu_enable_triton_gemm=true"
+    monkeypatch.setenv("XLA_FLAGS", own)
     machine.set_xla_flags(deterministic=False)
-    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true"
+    assert os.environ["XLA_FLAGS"] == own
 
 
 def test_the_parts_of_a_segment_are_the_rows_of_the_run():
