@@ -30,38 +30,40 @@ CUTS = {
     "halves": Cut(rows=2, parts=2),
     "halves_deep": Cut(rows=2, parts=2, stages=3, behind=2),
 }
-# Frames, h = w, I, O, and whether SiLU and phases end it as in the encoder's evaluation, else nothing.
+# Frames, h = w, I, O, whether SiLU ends it as in the encoder's evaluation, and whether phases are written.
 CASES = {
-    "layer_1": (8192, 32, 64, 32, True),
-    "layer_2": (8192, 16, 128, 48, True),
-    "conv_64_32": (2048, 32, 64, 32, False),
-    "conv_64_16": (2048, 32, 64, 16, False),
-    "conv_128_48": (2048, 16, 128, 48, False),
-    "conv_32_64": (2048, 32, 32, 64, False),
-    "conv_16_64": (2048, 32, 16, 64, False),
+    "layer_1": (8192, 32, 64, 32, True, True),
+    "layer_2": (8192, 16, 128, 48, True, True),
+    "conv_64_32": (2048, 32, 64, 32, False, True),
+    "conv_64_16": (2048, 32, 64, 16, False, False),
+    "conv_128_48": (2048, 16, 128, 48, False, True),
+    "conv_32_64": (2048, 32, 32, 64, False, False),
+    "conv_16_64": (2048, 32, 16, 64, False, False),
 }
 
 
-def reference(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, ends: bool) -> jax.Array:
+def reference(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, silu: bool, to_phases: bool) -> jax.Array:
     """The same by XLA, in the dtype of x and kernel."""
     y = plain(x, kernel).astype(bias.dtype) + bias
-    return nn.space_to_depth(jax.nn.silu(y).astype(x.dtype)) if ends else y.astype(x.dtype)
+    y = (jax.nn.silu(y) if silu else y).astype(x.dtype)
+    return nn.space_to_depth(y) if to_phases else y
 
 
 def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
     """Error and time of one implementation: one of `CUTS`, "triton" or "xla"."""
-    frames, height, channels, out, ends = CASES[case]
+    frames, height, channels, out, silu, to_phases = CASES[case]
+    ends: dict[str, Any] = {"silu": silu, "to_phases": to_phases}
     x, kernel = inputs(0, frames, height, channels, out)
     bias = jax.random.normal(jax.random.key(9), (out,), jnp.float32)
     if name == "xla":
-        function = functools.partial(reference, ends=ends)
+        function = functools.partial(reference, **ends)
     elif name == "triton":
-        function = functools.partial(gpu_convolution_triton.conv3x3, silu=ends, to_phases=ends)
+        function = functools.partial(gpu_convolution_triton.conv3x3, **ends)
     else:
-        function = functools.partial(gpu_convolution_mosaic.conv3x3, ends=ends, cut=CUTS[name])
+        function = functools.partial(gpu_convolution_mosaic.conv3x3, **ends, cut=CUTS[name])
     some = slice(-256, None)  # float32 takes twice the memory; the last images are those of the last program
     wide = (array.astype(jnp.float32) for array in (x[some], kernel))
-    expected = jax.jit(functools.partial(reference, ends=ends))(*wide, bias)
+    expected = jax.jit(functools.partial(reference, **ends))(*wide, bias)
     run = functools.partial(jax.jit(function), x, kernel, bias)
     difference = jnp.max(jnp.abs(run()[some].astype(jnp.float32) - expected)) / jnp.max(jnp.abs(expected))
     floor = floors.floor_ms(2.0 * x.size * 9 * out, 2.0 * (x.size + x.size // channels * out))

@@ -56,30 +56,45 @@ def torch_linear_init(fan_in: int) -> nn.initializers.Initializer:
 
 
 class ConvBlock(nn.Module):
-    """5x5 convolution, batch normalisation, SiLU; input and output in the layout its kind asks for."""
+    """5x5 convolution, batch normalisation, SiLU; input and output in the layout its kind asks for.
+
+    The kernels of a GPU read and write phases at no cost, while sums over what another layout holds are slow there:
+    between two layers the phases then lie as the one lays and the other reads them, and batch norm works on them. On a
+    CPU it is sums over phases that are slow, so batch norm works on what the convolution wrote and rearranges last.
+
+    Attributes:
+      features: channels of the output.
+      kind: of convolution.
+      dtype: compute dtype.
+      from_phases: the input is in phase layout although the kind asks for pixels.
+    """
 
     features: int
     kind: Literal["stride1", "stride2", "transpose2"]
     dtype: Dtype
+    from_phases: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, layout: Layout = "same") -> jax.Array:
         """[N, h, w, ..] -> [N, h, w, ..] of `dtype`, rearranged to the `layout` that the next layer reads."""
         params = at_least_float32(self.dtype)
-        channels = x.shape[-1] // PHASES_IN[self.kind]
+        channels = x.shape[-1] // (4 if self.from_phases else PHASES_IN[self.kind])
         kernel = self.param("kernel", weight_init, (5, 5, channels, self.features), params)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), params)
-        norm = BatchNorm(self.features, PHASES_OUT[self.kind], param_dtype=params, name="norm")
+        early = train and layout == "phases" and gpu_convolution.available()
+        phases = 4 if early else PHASES_OUT[self.kind]
+        norm = BatchNorm(self.features, phases, param_dtype=params, name="norm")
         stencil = STENCILS[self.kind]
         if train:
             taps = stencil(kernel.astype(self.dtype))
             if self.kind == "stride1" and layout == "same":
                 return norm.train_first_silu(x, taps, bias)
-            return norm.train_silu(conv3x3(x, taps), bias, layout)
+            y = conv3x3(x, taps, from_phases=self.from_phases, to_phases=early)
+            return norm.train_silu(y, bias, "same" if early else layout)
         scale, shift = norm.folded(bias)
         folded = stencil((kernel * scale).astype(self.dtype))
         (term,) = across(PHASES_OUT[self.kind], shift)
-        return conv_silu(x, folded, term, layout)
+        return conv_silu(depth_to_space(x) if self.from_phases else x, folded, term, layout)
 
 
 def conv_silu(x: jax.Array, kernel: jax.Array, bias: jax.Array, layout: Layout) -> jax.Array:
@@ -131,9 +146,10 @@ class Decoder(nn.Module):
         else:
             scale, shift = across(1, *norm.folded(zero))
             x = nn.silu(x.astype(params) * scale + shift).astype(self.dtype)
+        late = gpu_convolution.available()
         for i, depth in enumerate(depths[1:]):
-            block = ConvBlock(depth, "transpose2", self.dtype, name=f"conv_{i}")
-            x = block(x, train, "pixels" if i + 2 < len(depths) else "same")
+            block = ConvBlock(depth, "transpose2", self.dtype, from_phases=late and i > 0, name=f"conv_{i}")
+            x = block(x, train, "pixels" if i + 2 < len(depths) and not late else "same")
         channels = self.config.image_channels
         kernel = self.param("kernel", weight_init, (5, 5, depths[-1], channels), params)
         bias = self.param("bias", nn.initializers.zeros, (channels,), params)

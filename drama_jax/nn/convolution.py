@@ -18,6 +18,7 @@ Notation: N images, h x w cells, C_in and C_out channels. All images are channel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,42 +79,65 @@ def conv_transpose_stride1(phases: jax.Array, kernel: jax.Array) -> jax.Array:
     return conv3x3(phases, stencil_transpose_stride1(kernel))
 
 
-def conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Plain 3x3 convolution, stride 1, zero padding: [N, h, w, I] and [3, 3, I, O] -> [N, h, w, O]."""
-    check_arrays("conv3x3", x=(x, ("N", "h", "w", "I"), "float"), kernel=(kernel, (3, 3, "I", "O"), str(x.dtype)))
-    out_channels = kernel.shape[-1]
-    if x.dtype == jnp.bfloat16:
-        # Tensor cores take channels in sixteens. Padded here, the zeros are written by whatever kernel produces `x`;
-        # left to cuDNN, it copies whole tensors before and after.
-        missing_in, missing_out = -x.shape[-1] % 16, -out_channels % 16
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing_in)))
-        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing_in), (0, missing_out)))
-    y = _convolve(x, kernel)
-    return y[..., :out_channels]
+def conv3x3(x: jax.Array, kernel: jax.Array, *, from_phases: bool = False, to_phases: bool = False) -> jax.Array:
+    """Plain 3x3 convolution, stride 1, zero padding.
+
+    Args:
+      x: [N, h, w, I], any float dtype.
+      kernel: [3, 3, I, O], of the dtype of `x`.
+      from_phases: `x` and its gradient are in phase layout instead, [N, h/2, w/2, 4 I].
+      to_phases: likewise the result and its gradient, [N, h/2, w/2, 4 O]. The kernels of a GPU write phases at no cost.
+
+    Returns:
+      [N, h, w, O] of the dtype of `x`.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit.
+    """
+    seen = jax.eval_shape(depth_to_space, x) if from_phases else x
+    check_arrays("conv3x3", x=(seen, ("N", "h", "w", "I"), "float"), kernel=(kernel, (3, 3, "I", "O"), str(x.dtype)))
+    in_channels, out_channels = kernel.shape[2:]
+    # Tensor cores take channels in sixteens. Padded here, the zeros are written by whatever kernel produces `x`;
+    # left to cuDNN, it copies whole tensors before and after.
+    missing_in, missing_out = (-count % 16 if x.dtype == jnp.bfloat16 else 0 for count in (in_channels, out_channels))
+    if not (missing_in or missing_out):
+        return _convolve(x, kernel, from_phases, to_phases)
+    x = jnp.pad(depth_to_space(x) if from_phases else x, ((0, 0), (0, 0), (0, 0), (0, missing_in)))
+    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing_in), (0, missing_out)))
+    y = _convolve(x, kernel, False, False)[..., :out_channels]
+    return space_to_depth(y) if to_phases else y
 
 
-@jax.custom_vjp
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _fastest(x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, kernel: jax.Array, from_phases: bool, to_phases: bool) -> jax.Array:
+    return _convolve_forward(x, kernel, from_phases, to_phases)[0]
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _fastest(x, kernel), (x, kernel)
+def _convolve_forward(
+    x: jax.Array, kernel: jax.Array, from_phases: bool, to_phases: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    pixels = depth_to_space(x) if from_phases else x
+    return _fastest(pixels, kernel, to_phases), (pixels, kernel)
 
 
-def _convolve_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _convolve_backward(
+    from_phases: bool, to_phases: bool, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    gradient = depth_to_space(gradient) if to_phases else gradient
     if gpu_convolution.available():
-        return _gradients_on_gpu(*saved, gradient)
-    return lax.platform_dependent(*saved, gradient, cpu=_gradients_on_cpu, default=_gradients)
+        return _gradients_on_gpu(*saved, gradient, from_phases)
+    by_x, by_kernel = lax.platform_dependent(*saved, gradient, cpu=_gradients_on_cpu, default=_gradients)
+    return space_to_depth(by_x) if from_phases else by_x, by_kernel
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _fastest(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _fastest(x: jax.Array, kernel: jax.Array, to_phases: bool) -> jax.Array:
     if gpu_convolution.available() and gpu_convolution.serves(x, kernel.shape[-1]):
-        return gpu_convolution.conv3x3(x, kernel)
-    return _plain(x, kernel)
+        return gpu_convolution.conv3x3(x, kernel, to_phases=to_phases)
+    y = _plain(x, kernel)
+    return space_to_depth(y) if to_phases else y
 
 
 def _one_by_one(function: Callable[..., Any]) -> Any:
@@ -160,11 +184,15 @@ def _gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[ja
     return by_x, by_kernel
 
 
-def _gradients_on_gpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each of the two by our kernel or by cuDNN, whichever was measured to be faster."""
+def _gradients_on_gpu(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, to_phases: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Each of the two, that by `x` in phases if asked for, by our kernel or by cuDNN, as measured to be faster."""
     by_x, by_kernel = _gradients(x, kernel, gradient)
     if gpu_convolution.serves(gradient, x.shape[-1]):
-        by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel))
+        by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel), to_phases=to_phases)
+    elif to_phases:
+        by_x = space_to_depth(by_x)
     if gpu_convolution_gradient.serves(x, kernel.shape[-1]):
         by_kernel = gpu_convolution_gradient.kernel_gradient(x, gradient).astype(kernel.dtype)
     return by_x, by_kernel

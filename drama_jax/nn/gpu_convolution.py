@@ -68,10 +68,10 @@ def conv3x3(
       ValueError: if the shape is none of these.
     """
     bias = jnp.zeros((kernel.shape[-1],), jnp.float32) if bias is None else bias.astype(jnp.float32)
-    if HAS_MOSAIC and silu == to_phases:
+    if HAS_MOSAIC:
         # Here, not above: a jaxlib without a GPU need not have what this imports.
         from drama_jax.nn import gpu_convolution_mosaic as mosaic
 
         if (cut := mosaic.cut_for(x, kernel.shape[-1])) is not None:
-            return mosaic.conv3x3(x, kernel, bias, ends=silu, cut=cut, name=name)
+            return mosaic.conv3x3(x, kernel, bias, silu=silu, to_phases=to_phases, cut=cut, name=name)
     return gpu_convolution_triton.conv3x3(x, kernel, bias, silu=silu, to_phases=to_phases, name=name)

@@ -46,7 +46,8 @@ def conv3x3(
     kernel: jax.Array,
     bias: jax.Array,
     *,
-    ends: bool,
+    silu: bool,
+    to_phases: bool,
     cut: Cut,
     name: str = "conv3x3",
     interpret: Any = None,
@@ -57,13 +58,14 @@ def conv3x3(
       x: [N, h, w, I]; N is a multiple of 64, I is 16, 32 or a multiple of 64, h and w are even.
       kernel: [3, 3, I, O], O = 16, 32, 48 or 64.
       bias: [O] float32.
-      ends: with SiLU, to about 11 bits, in phases of 2x2 cells.
+      silu: end with SiLU, to about 11 bits.
+      to_phases: write phases of 2x2 cells.
       cut: how the work is shared out.
       name: what profiles call the kernel, before its channels.
       interpret: `plgpu.InterpretGPUParams()` to run without a GPU; all but the zeros outside the image is the same.
 
     Returns:
-      [N, h, w, O], or [N, h / 2, w / 2, 4 O] if it `ends`.
+      [N, h, w, O], or [N, h / 2, w / 2, 4 O] if `to_phases`.
 
     Raises:
       ValueError: for other sizes.
@@ -76,19 +78,19 @@ def conv3x3(
         or out not in (16, 32, 48, 64)
         or height % cut.rows
         or out % (8 * cut.parts)
-        or (ends and (height % 2 or width % 2))
+        or (to_phases and (height % 2 or width % 2))
     ):
         raise ValueError(f"x {x.shape} and kernel {kernel.shape} are not of the sizes that the kernel takes")
-    each = _for_kernels(ends, cut, f"{name}_{channels}_{out}", interpret)
+    each = _for_kernels(silu, to_phases, cut, f"{name}_{channels}_{out}", interpret)
     return each(x, kernel[None], bias[None])
 
 
-def _for_kernels(ends: bool, cut: Cut, name: str, interpret: Any) -> Any:
+def _for_kernels(silu: bool, to_phases: bool, cut: Cut, name: str, interpret: Any) -> Any:
     """Function of x [S N, h, w, I], kernels [S, 3, 3, I, O] and biases [S, O], which `vmap` calls with a larger S."""
 
     @jax.custom_batching.custom_vmap
     def function(x: jax.Array, kernels: jax.Array, biases: jax.Array) -> jax.Array:
-        return _launch(x, kernels, biases, ends, cut, name, interpret)
+        return _launch(x, kernels, biases, silu, to_phases, cut, name, interpret)
 
     @function.def_vmap
     def _(size: int, mapped: Sequence[bool], *operands: jax.Array) -> tuple[jax.Array, bool]:
@@ -102,9 +104,16 @@ def _for_kernels(ends: bool, cut: Cut, name: str, interpret: Any) -> Any:
     return function
 
 
-@functools.partial(jax.jit, static_argnames=("ends", "cut", "name", "interpret"))
+@functools.partial(jax.jit, static_argnames=("silu", "to_phases", "cut", "name", "interpret"))
 def _launch(
-    x: jax.Array, kernels: jax.Array, biases: jax.Array, ends: bool, cut: Cut, name: str, interpret: Any
+    x: jax.Array,
+    kernels: jax.Array,
+    biases: jax.Array,
+    silu: bool,
+    to_phases: bool,
+    cut: Cut,
+    name: str,
+    interpret: Any,
 ) -> jax.Array:
     """All kernels, each of as many of the images."""
     images, height, width, channels = x.shape
@@ -118,9 +127,9 @@ def _launch(
     # [(seed, dy, block, part), (dx from 2 to 0, O / parts), channel]
     weights = weights.reshape(seeds, 3, channels // depth, 3, cut.parts, out // cut.parts, depth).swapaxes(3, 4)
     weights = weights.reshape(-1, 3 * out // cut.parts, depth)
-    cells = (height // 2 * (width // 2), 4 * out) if ends else (height * width, out)
+    cells = (height // 2 * (width // 2), 4 * out) if to_phases else (height * width, out)
     call: Any = plgpu.kernel(
-        functools.partial(program, height=height, width=width, above=above, ends=ends, cut=cut),
+        functools.partial(program, height=height, width=width, above=above, silu=silu, to_phases=to_phases, cut=cut),
         out_type=jax.ShapeDtypeStruct((images, *cells), x.dtype),
         scratch_types={"smem": scratch(cut, (weights.shape[0] // seeds, *weights.shape[1:]), out)},
         grid=(height // cut.rows * (images // M),),
@@ -133,4 +142,4 @@ def _launch(
         interpret=interpret,
     )
     y = call(x.reshape(images, -1, depth), weights, jnp.pad(biases, ((0, 0), (0, -out % 32))).reshape(-1))
-    return y.reshape(images, height // 2, width // 2, -1) if ends else y.reshape(images, height, width, out)
+    return y.reshape(images, height // 2, width // 2, -1) if to_phases else y.reshape(images, height, width, out)

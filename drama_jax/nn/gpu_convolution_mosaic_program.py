@@ -56,7 +56,18 @@ def _output(shape: tuple[int, ...]) -> Any:
 
 
 def program(
-    x: Any, weights: Any, biases: Any, y: Any, smem: Any, *, height: int, width: int, above: int, ends: bool, cut: Cut
+    x: Any,
+    weights: Any,
+    biases: Any,
+    y: Any,
+    smem: Any,
+    *,
+    height: int,
+    width: int,
+    above: int,
+    silu: bool,
+    to_phases: bool,
+    cut: Cut,
 ) -> None:
     """64 images and a strip of rows, all columns.
 
@@ -69,7 +80,7 @@ def program(
     walk = _Walk(
         x, y, smem, cut, me, mine, part,
         images=pl.ds(group * M, M), top=strip * cut.rows, above=above, width=width,
-        blocks=taps // (3 * cut.parts), out=weights.shape[1] // 3, ends=ends,
+        blocks=taps // (3 * cut.parts), out=weights.shape[1] // 3, silu=silu, to_phases=to_phases,
     )  # fmt: skip
 
     @pl.when(me == 0)
@@ -114,7 +125,8 @@ class _Walk:
     """Of input channels."""
     out: int
     """Output channels of the warpgroup."""
-    ends: bool
+    silu: bool
+    to_phases: bool
     bias: Any = None
     """[out] float32, once it is there."""
 
@@ -171,7 +183,7 @@ class _Walk:
     def store(self, sums: jax.Array, column: Any) -> None:
         """Ends a column of output and starts to write it."""
         sums = sums + jax.lax.broadcast_in_dim(self.bias, sums.shape, (1,))
-        if self.ends:
+        if self.silu:
             half = 0.5 * sums
             sums = half * jnp.tanh(half) + half
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the column before
@@ -179,7 +191,7 @@ class _Walk:
         plgpu.commit_smem()
         row, phase = self.top + self.mine, jnp.int32(0)
         cell = row * self.width + column
-        if self.ends:
+        if self.to_phases:
             (cell_row, phase_row), (cell_column, phase_column) = divide(row, 2), divide(column, 2)
             cell, phase = cell_row * (self.width // 2) + cell_column, 2 * phase_row + phase_column
         channels = pl.ds((phase * self.cut.parts + self.part) * self.out, self.out)

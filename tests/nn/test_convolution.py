@@ -1,5 +1,7 @@
 """Polyphase convolutions against the direct forms, in float64: values, gradients, vmap over weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,31 @@ def test_vmap_over_weights_equals_loop(x64, form):
     batched = jax.vmap(ours)(x, kernel)
     for i in range(2):
         np.testing.assert_allclose(batched[i], ours(x[i], kernel[i]), rtol=1e-12, atol=1e-12)
+
+
+def by_way_of_pixels(x, kernel, from_phases, to_phases):
+    y = nn.conv3x3(nn.depth_to_space(x) if from_phases else x, kernel)
+    return nn.space_to_depth(y) if to_phases else y
+
+
+@pytest.mark.parametrize(("from_phases", "to_phases"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])  # the latter pads channels
+def test_phases_on_either_side_are_those_of_the_pixels(x64, from_phases, to_phases, dtype):
+    rng = np.random.default_rng(0)
+    shape = (2, 4, 6, 4 * 3) if from_phases else (2, 4, 6, 3)
+    x = jnp.asarray(rng.integers(-4, 4, shape), dtype)
+    kernel = jnp.asarray(rng.integers(-4, 4, (3, 3, 3, 5)), dtype)  # small whole numbers: exact in bfloat16 as well
+    ours, pull = jax.vjp(functools.partial(nn.conv3x3, from_phases=from_phases, to_phases=to_phases), x, kernel)
+    expected, pull_expected = jax.vjp(lambda *args: by_way_of_pixels(*args, from_phases, to_phases), x, kernel)
+    np.testing.assert_array_equal(ours, expected)
+    gradient = jnp.asarray(rng.integers(-1, 2, ours.shape), dtype)
+    for a, e in zip(pull(gradient), pull_expected(gradient), strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+def test_phases_of_another_number_of_channels_are_refused():
+    with pytest.raises(ValueError, match="conv3x3: kernel must be"):
+        nn.conv3x3(jnp.ones((1, 2, 2, 12)), jnp.ones((3, 3, 12, 4)), from_phases=True)
 
 
 def test_transposed_by_hand():

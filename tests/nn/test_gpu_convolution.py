@@ -54,6 +54,30 @@ def test_of_many_images_it_is_the_same(shape, to_phases, monkeypatch):
     np.testing.assert_allclose(many, few, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("from_phases", "to_phases"), [(True, False), (False, True)])
+def test_in_training_the_kernel_writes_phases_both_ways(from_phases, to_phases, monkeypatch):
+    asked = []
+
+    def interpreted(x, kernel, *, to_phases):
+        asked.append(to_phases)
+        return gpu_conv3x3(x, kernel, jnp.zeros(kernel.shape[-1]), to_phases=to_phases, interpret=True)
+
+    # Forward 64 to 32 channels, or by the input 64 from 32, is the kernel's; what else there is, XLA's.
+    channels, out = (32, 64) if from_phases else (64, 32)
+    x, kernel, _ = inputs((2, 4, 4, channels, out), jnp.bfloat16)
+    x = nn.space_to_depth(x) if from_phases else x
+    run = functools.partial(conv3x3, from_phases=from_phases, to_phases=to_phases)
+    expected, pull_expected = jax.vjp(run, x, kernel)
+    gradient = jax.random.normal(jax.random.key(0), expected.shape, jnp.bfloat16)
+    monkeypatch.setattr(gpu_convolution, "available", lambda: True)
+    monkeypatch.setattr(gpu_convolution, "conv3x3", interpreted)
+    found, pull = jax.vjp(run, x, kernel)
+    for a, e in zip((found, *pull(gradient)), (expected, *pull_expected(gradient)), strict=True):
+        wide = np.asarray(e, np.float32)
+        np.testing.assert_allclose(np.asarray(a, np.float32), wide, atol=2**-7 * np.abs(wide).max())
+    assert asked and all(asked)
+
+
 def test_without_an_end_it_is_the_convolution():
     x, kernel, _ = inputs((2, 4, 4, 16, 16))
     plain = gpu_conv3x3(x, kernel, jnp.zeros(16), interpret=True)

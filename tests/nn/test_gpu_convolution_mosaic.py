@@ -31,27 +31,29 @@ def operands(frames, height, width, channels, out):
     )
 
 
-def interpreted(x, kernel, bias, ends, cut):
-    return conv3x3(x, kernel, bias, ends=ends, cut=cut, interpret=plgpu.InterpretGPUParams(detect_races=True))
+def interpreted(x, kernel, bias, silu, to_phases, cut):
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return conv3x3(x, kernel, bias, silu=silu, to_phases=to_phases, cut=cut, interpret=interpret)
 
 
 # More columns than places in shared memory, several blocks of channels, two groups of images. Two warpgroups at most:
 # the interpreter has them wait for each other in threads of which there are as many as processors.
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("shape", "ends", "cut"),
+    ("shape", "silu", "to_phases", "cut"),
     [
-        ((64, 4, 4, 64, 32), True, Cut(rows=2)),
-        ((64, 2, 2, 128, 48), True, Cut(rows=1, parts=2, stages=3, behind=2)),
-        ((128, 2, 4, 16, 16), False, Cut(rows=2, stages=2)),
+        ((64, 4, 4, 64, 32), True, True, Cut(rows=2)),
+        ((64, 2, 2, 128, 48), False, True, Cut(rows=1, parts=2, stages=3, behind=2)),
+        ((128, 2, 4, 16, 16), False, False, Cut(rows=2, stages=2)),
     ],
     ids=["rows", "halves", "plain"],
 )
-def test_the_kernel_equals_xla(shape, ends, cut):
+def test_the_kernel_equals_xla(shape, silu, to_phases, cut):
     x, kernel, bias = operands(*shape)
-    found = interpreted(x, kernel, bias, ends, cut)
+    found = interpreted(x, kernel, bias, silu, to_phases, cut)
     wide = (array.astype(jnp.float32) for array in (x, kernel))
-    expected = np.asarray(jax.jit(reference, static_argnames="ends")(*wide, bias, ends=ends))
+    same = jax.jit(reference, static_argnames=("silu", "to_phases"))
+    expected = np.asarray(same(*wide, bias, silu=silu, to_phases=to_phases))
     assert found.shape == expected.shape and found.dtype == jnp.bfloat16
     assert np.abs(np.asarray(found.astype(jnp.float32)) - expected).max() < 2**-8 * np.abs(expected).max()
 
@@ -63,7 +65,7 @@ def test_vmap_equals_loop(mapped):
     stacked = [jnp.stack([a, -2 * a]) if axis == 0 else a for a, axis in zip((x, kernel, bias), mapped)]
 
     def run(*arrays):
-        return interpreted(*arrays, True, Cut(rows=2))
+        return interpreted(*arrays, True, True, Cut(rows=2))
 
     found = jax.vmap(run, mapped)(*stacked)
     for i in range(2):
@@ -75,8 +77,9 @@ def test_vmap_equals_loop(mapped):
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("case", ["layer_1", "conv_16_64"])
 def test_every_cut_lowers_for_a_gpu(name, case):
-    *shape, ends = CASES[case]
-    text = lower_for_cuda(lambda *arrays: conv3x3(*arrays, ends=ends, cut=CUTS[name]), *abstract(*shape))
+    *shape, silu, to_phases = CASES[case]
+    run = lambda *arrays: conv3x3(*arrays, silu=silu, to_phases=to_phases, cut=CUTS[name])  # noqa: E731
+    text = lower_for_cuda(run, *abstract(*shape))
     assert text.count("@mosaic_gpu") == 1
 
 
@@ -138,4 +141,4 @@ def test_where_it_is_used(shape, out, expected):
 )
 def test_other_sizes_are_refused(shape, cut):
     with pytest.raises(ValueError, match="sizes"):
-        jax.eval_shape(lambda: conv3x3(*operands(*shape), ends=True, cut=cut))
+        jax.eval_shape(lambda: conv3x3(*operands(*shape), silu=True, to_phases=True, cut=cut))
