@@ -28,6 +28,7 @@ from drama_jax.envs import Env, make_atari
 from drama_jax.training import loop, programs
 from drama_jax.training.checkpoint_writer import Checkpoints
 from drama_jax.training.logging import Progress, Writer
+from experiments import machine
 
 TRACED = 20
 SHOWN = 6
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--label", default="", help="appended to the row's name")
     parser.add_argument("--out", type=pathlib.Path, default=None)
     arguments = parser.parse_args()
+    machine.set_xla_flags(deterministic=False)  # as a run does
     config = preset(arguments.preset)
     config = dataclasses.replace(
         config,
