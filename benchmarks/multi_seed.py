@@ -231,8 +231,9 @@ def main() -> None:
     parser.add_argument("--picture", action="store_true", help="only draw the result files")
     parser.add_argument("--device", default=None, help="whose result files to draw, as in their names; this one's")
     arguments = parser.parse_args()
-    machine.set_xla_flags(deterministic=False)  # as a run does
-    if not arguments.alone:
+    if arguments.alone:
+        machine.set_xla_flags(deterministic=False, agents=arguments.seeds[0])  # as a run does
+    else:
         processes.leave_the_device()
     if arguments.picture:
         print(draw(arguments.out, arguments.device or common.device_slug()))

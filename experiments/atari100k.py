@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, config = atari_options.parse(arguments, _PROGRAM)
         whole = plan(config, options.seeds, options.sweep)
         distributed, planned = meeting.share(options.distributed, (options.game, options.preset), whole)
-        machine.set_xla_flags(deterministic=options.deterministic)
+        machine.set_xla_flags(deterministic=options.deterministic, agents=len(planned))
         jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
             runs, finished = run(options, planned, stop, distributed)

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         options, config = envpool_options.parse(arguments)
         planned = plan(config, options.seeds)
-        machine.set_xla_flags(deterministic=options.deterministic)
+        machine.set_xla_flags(deterministic=options.deterministic, agents=len(planned))
         jax.config.update("jax_debug_nans", options.debug_nans)
         with stop_requested() as stop:
             runs, finished = runner.run(options.game, options, planned, stop)

@@ -89,19 +89,22 @@ def keep_compiled_programs(directory: pathlib.Path | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def set_xla_flags(*, deterministic: bool) -> None:
+def set_xla_flags(*, deterministic: bool, agents: int = 1) -> None:
     """Says how XLA shall compile for a GPU; before JAX has started the device. A flag of the user's own is kept.
 
     Args:
       deterministic: ask for programs that give the same bits in every run.
+      agents: trained in one program.
     """
     wanted = {
         # cuBLAS instead of Triton for matrix products saves 0.25 ms of a step's 15.4 (H200, preset xs).
         "xla_gpu_enable_triton_gemm": "false",
-        # Nodes of a CUDA graph depend on what they read alone, not on each other in the order of the program: waited
-        # for, a world-model update takes 8.1 to 8.3 ms instead of 8.7 to 8.8 (one H100, preset xs).
-        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     }
+    if agents == 1:
+        # Nodes of a CUDA graph depend on what they read alone, not on each other in the order of the program: waited
+        # for, a world-model update takes 8.1 to 8.3 ms instead of 8.7 to 8.8 (one H100, preset xs). Not for several
+        # agents: an update takes 6 GB for each instead of 4, and twelve do not fit in 80.
+        wanted["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
     if deterministic:
         wanted["xla_gpu_deterministic_ops"] = "true"
     flags = os.environ.get("XLA_FLAGS", "")

@@ -272,6 +272,9 @@ def test_flags_of_xla_that_are_set_already_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", own)
     machine.set_xla_flags(deterministic=False)
     assert os.environ["XLA_FLAGS"] == own
+    monkeypatch.delenv("XLA_FLAGS")
+    machine.set_xla_flags(deterministic=False, agents=2)
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=false"
 
 
 def test_the_parts_of_a_segment_are_the_rows_of_the_run():
