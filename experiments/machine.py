@@ -102,7 +102,7 @@ def set_xla_flags(*, deterministic: bool, agents: int = 1) -> None:
     }
     if agents == 1:
         # Nodes of a CUDA graph depend on what they read alone, not on each other in the order of the program: waited
-        # for, a world-model update takes 8.1 to 8.3 ms instead of 8.7 to 8.8 (one H100, preset xs). Not for several
+        # for, a world-model update takes 8.1 to 8.4 ms instead of 8.7 to 8.8 (one H100, preset xs). Not for several
         # agents: an update takes 6 GB for each instead of 4, and twelve do not fit in 80.
         wanted["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
     if deterministic:

@@ -1,5 +1,7 @@
 """The convolution through Mosaic: its results when interpreted, its lowering, and where it is used."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def test_vmap_equals_loop(mapped):
 @pytest.mark.parametrize("case", ["layer_1", "conv_16_64"])
 def test_every_cut_lowers_for_a_gpu(name, case):
     *shape, silu, to_phases = CASES[case]
-    run = lambda *arrays: conv3x3(*arrays, silu=silu, to_phases=to_phases, cut=CUTS[name])  # noqa: E731
+    run = functools.partial(conv3x3, silu=silu, to_phases=to_phases, cut=CUTS[name])
     text = lower_for_cuda(run, *abstract(*shape))
     assert text.count("@mosaic_gpu") == 1
 
