@@ -10,7 +10,7 @@ a process (`benchmarks.processes`).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,40 +30,63 @@ CUTS = {
     "halves": Cut(rows=2, parts=2),
     "halves_deep": Cut(rows=2, parts=2, stages=3, behind=2),
 }
-# Frames, h = w, I, O, whether SiLU ends it as in the encoder's evaluation, and whether phases are written.
+
+
+class Case(NamedTuple):
+    """A convolution of the package."""
+
+    frames: int
+    height: int
+    """h = w"""
+    channels: int
+    out: int
+    silu: bool = False
+    """Ends it, as in the encoder's evaluation."""
+    from_phases: bool = False
+    to_phases: bool = False
+
+
 CASES = {
-    "layer_1": (8192, 32, 64, 32, True, True),
-    "layer_2": (8192, 16, 128, 48, True, True),
-    "conv_64_32": (2048, 32, 64, 32, False, True),
-    "conv_64_16": (2048, 32, 64, 16, False, False),
-    "conv_128_48": (2048, 16, 128, 48, False, True),
-    "conv_32_64": (2048, 32, 32, 64, False, False),
-    "conv_16_64": (2048, 32, 16, 64, False, False),
+    "layer_1": Case(8192, 32, 64, 32, silu=True, to_phases=True),
+    "layer_2": Case(8192, 16, 128, 48, silu=True, to_phases=True),
+    "conv_64_32": Case(2048, 32, 64, 32, to_phases=True),
+    "conv_64_16": Case(2048, 32, 64, 16),
+    "conv_128_48": Case(2048, 16, 128, 48, to_phases=True),
+    "conv_32_64": Case(2048, 32, 32, 64, from_phases=True),
+    "conv_16_64": Case(2048, 32, 16, 64),
 }
 
 
-def reference(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, silu: bool, to_phases: bool) -> jax.Array:
+def reference(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, silu: bool, from_phases: bool, to_phases: bool
+) -> jax.Array:
     """The same by XLA, in the dtype of x and kernel."""
-    y = plain(x, kernel).astype(bias.dtype) + bias
+    y = plain(nn.depth_to_space(x) if from_phases else x, kernel).astype(bias.dtype) + bias
     y = (jax.nn.silu(y) if silu else y).astype(x.dtype)
     return nn.space_to_depth(y) if to_phases else y
 
 
+def by_triton(x: jax.Array, *args: jax.Array, from_phases: bool, **ends: bool) -> jax.Array:
+    """By `nn.gpu_convolution_triton`, which does not read phases."""
+    return gpu_convolution_triton.conv3x3(nn.depth_to_space(x) if from_phases else x, *args, **ends)
+
+
 def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
     """Error and time of one implementation: one of `CUTS`, "triton" or "xla"."""
-    frames, height, channels, out, silu, to_phases = CASES[case]
-    ends: dict[str, Any] = {"silu": silu, "to_phases": to_phases}
+    frames, height, channels, out, *ends = CASES[case]
+    layouts: dict[str, Any] = dict(zip(Case._fields[4:], ends))
     x, kernel = inputs(0, frames, height, channels, out)
+    x = nn.space_to_depth(x) if layouts["from_phases"] else x
     bias = jax.random.normal(jax.random.key(9), (out,), jnp.float32)
     if name == "xla":
-        function = functools.partial(reference, **ends)
+        function = functools.partial(reference, **layouts)
     elif name == "triton":
-        function = functools.partial(gpu_convolution_triton.conv3x3, **ends)
+        function = functools.partial(by_triton, **layouts)
     else:
-        function = functools.partial(gpu_convolution_mosaic.conv3x3, **ends, cut=CUTS[name])
+        function = functools.partial(gpu_convolution_mosaic.conv3x3, **layouts, cut=CUTS[name])
     some = slice(-256, None)  # float32 takes twice the memory; the last images are those of the last program
     wide = (array.astype(jnp.float32) for array in (x[some], kernel))
-    expected = jax.jit(functools.partial(reference, **ends))(*wide, bias)
+    expected = jax.jit(functools.partial(reference, **layouts))(*wide, bias)
     run = functools.partial(jax.jit(function), x, kernel, bias)
     difference = jnp.max(jnp.abs(run()[some].astype(jnp.float32) - expected)) / jnp.max(jnp.abs(expected))
     floor = floors.floor_ms(2.0 * x.size * 9 * out, 2.0 * (x.size + x.size // channels * out))

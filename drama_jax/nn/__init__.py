@@ -7,13 +7,12 @@ from drama_jax.nn.convolution import (
     conv_stride2,
     conv_transpose_stride1,
     conv_transpose_stride2,
-    depth_to_space,
-    space_to_depth,
     stencil_stride1,
     stencil_stride2,
     stencil_transpose_stride1,
     stencil_transpose_stride2,
 )
+from drama_jax.nn.phases import depth_to_space, space_to_depth
 from drama_jax.nn.rms_norm import rms_norm
 
 __all__ = [

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from drama_jax.nn import gpu_convolution, gpu_first_layer, gpu_first_layer_forward
-from drama_jax.nn.convolution import conv3x3, depth_to_space, space_to_depth
+from drama_jax.nn.convolution import conv3x3
+from drama_jax.nn.phases import depth_to_space, space_to_depth
 
 Layout = Literal["same", "phases", "pixels"]
 """What becomes of the activation: nothing, pixels to phases, or phases to pixels."""

@@ -28,26 +28,7 @@ from jax import lax
 
 from drama_jax.checks import arrays as check_arrays
 from drama_jax.nn import gpu_convolution, gpu_convolution_gradient
-
-
-def space_to_depth(x: jax.Array) -> jax.Array:
-    """Pixels to phases: [N, 2h, 2w, C] -> [N, h, w, 4C], any dtype."""
-    check_arrays("space_to_depth", x=(x, ("N", "2h", "2w", "C"), "any"))
-    n, height, width, channels = x.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"space_to_depth: x must have even height and width, got {x.shape}")
-    x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // 2, width // 2, 4 * channels)
-
-
-def depth_to_space(x: jax.Array) -> jax.Array:
-    """Phases to pixels, the inverse of `space_to_depth`: [N, h, w, 4C] -> [N, 2h, 2w, C]."""
-    check_arrays("depth_to_space", x=(x, ("N", "h", "w", "4C"), "any"))
-    n, height, width, channels = x.shape
-    if channels % 4:
-        raise ValueError(f"depth_to_space: x must have a multiple of four channels, got {x.shape}")
-    x = x.reshape(n, height, width, 2, 2, channels // 4)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, channels // 4)
+from drama_jax.nn.phases import depth_to_space, space_to_depth
 
 
 def conv_stride2(phases: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -116,27 +97,27 @@ def _convolve(x: jax.Array, kernel: jax.Array, from_phases: bool, to_phases: boo
 def _convolve_forward(
     x: jax.Array, kernel: jax.Array, from_phases: bool, to_phases: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    pixels = depth_to_space(x) if from_phases else x
-    return _fastest(pixels, kernel, to_phases), (pixels, kernel)
+    return _fastest(x, kernel, from_phases, to_phases), (x, kernel)
 
 
 def _convolve_backward(
     from_phases: bool, to_phases: bool, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    gradient = depth_to_space(gradient) if to_phases else gradient
     if gpu_convolution.available():
-        return _gradients_on_gpu(*saved, gradient, from_phases)
-    by_x, by_kernel = lax.platform_dependent(*saved, gradient, cpu=_gradients_on_cpu, default=_gradients)
+        return _gradients_on_gpu(*saved, gradient, from_phases, to_phases)
+    x, kernel = saved
+    x, gradient = (depth_to_space(x) if from_phases else x), (depth_to_space(gradient) if to_phases else gradient)
+    by_x, by_kernel = lax.platform_dependent(x, kernel, gradient, cpu=_gradients_on_cpu, default=_gradients)
     return space_to_depth(by_x) if from_phases else by_x, by_kernel
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _fastest(x: jax.Array, kernel: jax.Array, to_phases: bool) -> jax.Array:
-    if gpu_convolution.available() and gpu_convolution.serves(x, kernel.shape[-1]):
-        return gpu_convolution.conv3x3(x, kernel, to_phases=to_phases)
-    y = _plain(x, kernel)
+def _fastest(x: jax.Array, kernel: jax.Array, from_phases: bool, to_phases: bool) -> jax.Array:
+    if gpu_convolution.available() and gpu_convolution.serves(x, kernel.shape[-1], from_phases=from_phases):
+        return gpu_convolution.conv3x3(x, kernel, from_phases=from_phases, to_phases=to_phases)
+    y = _plain(depth_to_space(x) if from_phases else x, kernel)
     return space_to_depth(y) if to_phases else y
 
 
@@ -185,16 +166,19 @@ def _gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[ja
 
 
 def _gradients_on_gpu(
-    x: jax.Array, kernel: jax.Array, gradient: jax.Array, to_phases: bool
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, from_phases: bool, to_phases: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Each of the two, that by `x` in phases if asked for, by our kernel or by cuDNN, as measured to be faster."""
-    by_x, by_kernel = _gradients(x, kernel, gradient)
-    if gpu_convolution.serves(gradient, x.shape[-1]):
-        by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel), to_phases=to_phases)
-    elif to_phases:
+    """Each of the two by our kernel or by cuDNN, as measured to be faster; phases as in `conv3x3`."""
+    in_channels, out_channels = kernel.shape[2:]
+    pixels = (depth_to_space(array) if phases else array for array, phases in ((x, from_phases), (gradient, to_phases)))
+    by_x, by_kernel = _gradients(next(pixels), kernel, next(pixels))
+    if gpu_convolution.serves(gradient, in_channels, from_phases=to_phases):
+        by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel), from_phases=to_phases, to_phases=from_phases)
+    elif from_phases:
         by_x = space_to_depth(by_x)
-    if gpu_convolution_gradient.serves(x, kernel.shape[-1]):
-        by_kernel = gpu_convolution_gradient.kernel_gradient(x, gradient).astype(kernel.dtype)
+    if gpu_convolution_gradient.serves(x, out_channels, from_phases=from_phases):
+        layouts = {"from_phases": from_phases, "to_phases": to_phases}
+        by_kernel = gpu_convolution_gradient.kernel_gradient(x, gradient, **layouts).astype(kernel.dtype)
     return by_x, by_kernel
 
 

@@ -23,9 +23,12 @@ FULL = 264
 class Cells:
     """Where the cells of a program are; everything is static but the arguments of the methods."""
 
-    def __init__(self, shape: tuple[int, ...], out_channels: int, positions: int, to_phases: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], out_channels: int, positions: int, to_phases: bool, from_phases: bool = False
+    ) -> None:
         self.images, self.height, self.width, self.channels = shape
-        self.out_channels, self.positions, self.to_phases = out_channels, positions, to_phases
+        self.out_channels, self.positions = out_channels, positions
+        self.to_phases, self.from_phases = to_phases, from_phases
 
     def place(self, group: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image and column [positions] of the program's cells."""
@@ -36,16 +39,18 @@ class Cells:
         """Whether there is such a cell [positions]."""
         return (image < self.images) & (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
 
+    def number(self, image: jax.Array, row: jax.Array, column: jax.Array, phases: bool) -> jax.Array:
+        """Which of all cells these are in memory, with their phases or row by row."""
+        if not phases:
+            return (image * self.height + row) * self.width + column
+        cell, phase = in_phases(row, column, self.width)
+        return (image * (self.height // 2 * (self.width // 2)) + cell) * 4 + phase
+
     def store(
         self, ref: Any, y: jax.Array, image: jax.Array, row: jax.Array, column: jax.Array, valid: jax.Array | bool
     ) -> None:
         """Writes y [positions, padded O] to the cells of one row, in the layout asked for."""
-        if self.to_phases:
-            (cell_row, phase_row), (cell_column, phase_column) = divide(row, 2), divide(column, 2)
-            cell = (image * (self.height // 2) + cell_row) * (self.width // 2) + cell_column
-            start = (cell * 4 + phase_row * 2 + phase_column) * self.out_channels
-        else:
-            start = ((image * self.height + row) * self.width + column) * self.out_channels
+        start = self.number(image, row, column, self.to_phases) * self.out_channels
         channel = jnp.arange(y.shape[-1])
         mask = ((image < self.images) & valid)[:, None] & (channel < self.out_channels)[None, :]
         pltriton.store(ref.at[start[:, None] + channel[None, :]], y.astype(ref.dtype), mask=mask)
@@ -99,3 +104,15 @@ def divide(x: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
     """Quotient and remainder of non-negative numbers; `//` and `%` would handle signs, which does not lower."""
     quotient = jax.lax.div(x, jnp.full_like(x, divisor))
     return quotient, x - quotient * divisor
+
+
+def in_phases(row: jax.Array, column: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """Cell of a pixel, counted row by row, and its phase; numbers are not negative, the width is that in pixels."""
+    (cell_row, phase_row), (cell_column, phase_column) = divide(row, 2), divide(column, 2)
+    return cell_row * (width // 2) + cell_column, 2 * phase_row + phase_column
+
+
+def pixel_shape(shape: tuple[int, ...], phases: bool) -> tuple[int, ...]:
+    """[N, h, w, C] of an array of that shape, or of one in phases, [N, h / 2, w / 2, 4 C]."""
+    images, height, width, channels = shape
+    return (images, 2 * height, 2 * width, channels // 4) if phases else shape

@@ -14,32 +14,41 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from drama_jax.nn.gpu_cells import FULL, POSITIONS, Cells, divide, dot, launch
+from drama_jax.nn.gpu_cells import FULL, POSITIONS, Cells, divide, dot, launch, pixel_shape
 
 
-def serves(x: jax.Array, out_channels: int) -> bool:
-    """Whether `kernel_gradient` takes an input [N, h, w, I], and is faster than XLA with it."""
-    _, _, width, channels = x.shape
+def serves(x: jax.Array, out_channels: int, *, from_phases: bool = False) -> bool:
+    """Whether `kernel_gradient` takes an input [N, h, w, I], or its phases, and is faster than XLA with it."""
+    _, _, width, channels = pixel_shape(x.shape, from_phases)
     shape = channels in (16, 32, 64) and out_channels in (16, 32, 64) and POSITIONS % width == 0 and width >= 16
     return shape and x.dtype == jnp.bfloat16 and channels * out_channels <= 2048
 
 
-def kernel_gradient(x: jax.Array, gradient: jax.Array, *, interpret: bool = False) -> jax.Array:
+def kernel_gradient(
+    x: jax.Array,
+    gradient: jax.Array,
+    *,
+    from_phases: bool = False,
+    to_phases: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
     """Gradient of a 3x3 convolution by its kernel.
 
     Args:
-      x: the input [N, h, w, I]; I is 16, 32 or 64, w a divisor of 64.
-      gradient: of the output [N, h, w, O]; O is 16, 32 or 64.
+      x: the input [N, h, w, I], or [N, h/2, w/2, 4 I] if `from_phases`; I is 16, 32 or 64, w a divisor of 64.
+      gradient: of the output [N, h, w, O], or [N, h/2, w/2, 4 O] if `to_phases`; O is 16, 32 or 64.
+      from_phases: `x` is in phase layout.
+      to_phases: likewise `gradient`.
       interpret: run without a GPU, slowly.
 
     Returns:
       [3, 3, I, O] float32.
     """
-    images, _, width, channels = x.shape
-    out_channels = gradient.shape[-1]
+    shape, out_channels = pixel_shape(x.shape, from_phases), pixel_shape(gradient.shape, to_phases)[-1]
+    images, _, width, channels = shape
     groups = pl.cdiv(images, POSITIONS // width)
     programs = min(FULL, groups)
-    cells = Cells(x.shape, out_channels, POSITIONS, False)
+    cells = Cells(shape, out_channels, POSITIONS, to_phases, from_phases)
     sums = launch(
         functools.partial(_gradient_program, cells=cells, groups=pl.cdiv(groups, programs)),
         (programs,),
@@ -58,18 +67,17 @@ def _gradient_program(x_ref: Any, gradient_ref: Any, out_ref: Any, *, cells: Cel
     def step(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         group, row = divide(k, cells.height)
         image, column = cells.place(program * groups + group)
-        cell = (image * cells.height + row) * cells.width + column
 
-        def load(ref: Any, offset: int, entry: jax.Array, inside: jax.Array) -> jax.Array:
+        def load(ref: Any, phases: bool, row: jax.Array, column: jax.Array, entry: jax.Array) -> jax.Array:
+            inside = cells.inside(image, row, column)
             mask = jnp.broadcast_to(inside[:, None], (column.shape[0], entry.shape[0]))
-            index = ((cell + offset) * entry.shape[0])[:, None] + entry[None, :]
+            index = (cells.number(image, row, column, phases) * entry.shape[0])[:, None] + entry[None, :]
             return pltriton.load(ref.at[index], mask=mask, other=0.0)
 
-        tiles = [load(x_ref, dx - 1, channel, cells.inside(image, row, column + dx - 1)) for dx in range(3)]
+        tiles = [load(x_ref, cells.from_phases, row, column + dx - 1, channel) for dx in range(3)]
         sums_ = list(sums)
         for dy in range(3):
-            inside = cells.inside(image, row + 1 - dy, column)
-            tile = load(gradient_ref, (1 - dy) * cells.width, out_channel, inside)
+            tile = load(gradient_ref, cells.to_phases, row + 1 - dy, column, out_channel)
             for dx in range(3):
                 sums_[3 * dy + dx] = sums_[3 * dy + dx] + dot(tiles[dx].T, tile)
         return tuple(sums_)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from drama_jax.nn.gpu_cells import divide
+from drama_jax.nn.gpu_cells import divide, in_phases
 
 M = 64
 """Images of a tile: the rows of one asynchronous product."""
@@ -28,6 +28,18 @@ class Cut:
     """Places for input in shared memory, each for the tiles of one column and 64 channels, or all if they are fewer."""
     behind: int = 1
     """Places that may wait to be filled again while the next is worked on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Which convolution it is."""
+
+    silu: bool
+    """Ends it."""
+    from_phases: bool
+    """Phases of 2x2 cells are read"""
+    to_phases: bool
+    """and written."""
 
 
 def scratch(cut: Cut, weights: tuple[int, ...], out: int) -> dict[str, Any]:
@@ -65,22 +77,22 @@ def program(
     height: int,
     width: int,
     above: int,
-    silu: bool,
-    to_phases: bool,
+    form: Form,
     cut: Cut,
 ) -> None:
     """64 images and a strip of rows, all columns.
 
-    x is [S N, (row, column, block), channel] and lacks `above` rows of zeros over each image; y is written.
+    x is [S N, (row, column, block), channel], with phases [S N, (cell row, cell column, phase, block), channel],
+    and lacks `above` rows of zeros over each image; y is written.
     """
     me = jax.lax.axis_index("warpgroup")
     group, strip = divide(jax.lax.axis_index("program"), height // cut.rows)
     mine, part = divide(me, cut.parts)
     taps, padded = smem["weights"].shape[0], smem["bias"].shape[0]
     walk = _Walk(
-        x, y, smem, cut, me, mine, part,
+        x, y, smem, form, cut, me, mine, part,
         images=pl.ds(group * M, M), top=strip * cut.rows, above=above, width=width,
-        blocks=taps // (3 * cut.parts), out=weights.shape[1] // 3, silu=silu, to_phases=to_phases,
+        blocks=taps // (3 * cut.parts), out=weights.shape[1] // 3,
     )  # fmt: skip
 
     @pl.when(me == 0)
@@ -108,6 +120,7 @@ class _Walk:
     x: Any
     y: Any
     smem: Any
+    form: Form
     cut: Cut
     me: jax.Array
     """Number of the warpgroup, which has"""
@@ -125,8 +138,6 @@ class _Walk:
     """Of input channels."""
     out: int
     """Output channels of the warpgroup."""
-    silu: bool
-    to_phases: bool
     bias: Any = None
     """[out] float32, once it is there."""
 
@@ -139,9 +150,16 @@ class _Walk:
         """Starts the copies of the tiles t of all rows of input."""
         slot = divide(t, self.cut.stages)[1]
         for j in range(self.cut.rows + 2):
-            place = (self.top + j - self.above) * self.total + t
-            tile = self.x.at[self.images, place]
+            tile = self.x.at[self.images, self.place(self.top + j - self.above, t)]
             plgpu.copy_gmem_to_smem(tile, self.smem["x"].at[slot, j], self.smem["ready"].at[slot])
+
+    def place(self, row: jax.Array, t: Any) -> jax.Array:
+        """Of the tile t of a row, from -1 on, in x; outside the image it is outside of x."""
+        if not self.form.from_phases:
+            return row * self.total + t
+        column, block = divide(t, self.blocks)
+        cell, phase = in_phases(row + 2, column, self.width)  # two more: what follows is not for negative numbers
+        return ((cell - self.width // 2) * 4 + phase) * self.blocks + block
 
     def step(self, column: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Takes a column of input; carries the sums of the output columns before it and at it."""
@@ -183,16 +201,13 @@ class _Walk:
     def store(self, sums: jax.Array, column: Any) -> None:
         """Ends a column of output and starts to write it."""
         sums = sums + jax.lax.broadcast_in_dim(self.bias, sums.shape, (1,))
-        if self.silu:
+        if self.form.silu:
             half = 0.5 * sums
             sums = half * jnp.tanh(half) + half
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the column before
         self.smem["y"][self.me] = sums.astype(self.y.dtype)
         plgpu.commit_smem()
-        row, phase = self.top + self.mine, jnp.int32(0)
-        cell = row * self.width + column
-        if self.to_phases:
-            (cell_row, phase_row), (cell_column, phase_column) = divide(row, 2), divide(column, 2)
-            cell, phase = cell_row * (self.width // 2) + cell_column, 2 * phase_row + phase_column
+        row = self.top + self.mine
+        cell, phase = in_phases(row, column, self.width) if self.form.to_phases else (row * self.width + column, 0)
         channels = pl.ds((phase * self.cut.parts + self.part) * self.out, self.out)
         plgpu.copy_smem_to_gmem(self.smem["y"].at[self.me], self.y.at[self.images, cell, channels])

@@ -58,8 +58,9 @@ def test_of_many_images_it_is_the_same(shape, to_phases, monkeypatch):
 def test_in_training_the_kernel_writes_phases_both_ways(from_phases, to_phases, monkeypatch):
     asked = []
 
-    def interpreted(x, kernel, *, to_phases):
+    def interpreted(x, kernel, *, from_phases, to_phases):
         asked.append(to_phases)
+        x = nn.depth_to_space(x) if from_phases else x
         return gpu_conv3x3(x, kernel, jnp.zeros(kernel.shape[-1]), to_phases=to_phases, interpret=True)
 
     # Forward 64 to 32 channels, or by the input 64 from 32, is the kernel's; what else there is, XLA's.
@@ -84,13 +85,17 @@ def test_without_an_end_it_is_the_convolution():
     np.testing.assert_allclose(plain, conv3x3(x, kernel), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4, 16, 64), (5, 3, 32, 32, 16), (530, 2, 32, 16, 16)], ids=str)
-def test_interpreted_kernel_gradient_equals_xla(shape):
+@pytest.mark.parametrize(("from_phases", "to_phases"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("shape", [(1, 4, 4, 16, 64), (5, 6, 32, 32, 16), (530, 2, 32, 16, 16)], ids=str)
+def test_interpreted_kernel_gradient_equals_xla(shape, from_phases, to_phases):
     x, kernel, _ = inputs(shape)
     gradient = jnp.asarray(np.random.default_rng(1).normal(size=(*x.shape[:3], kernel.shape[-1])), x.dtype)
     (expected,) = jax.vjp(lambda k: conv3x3(x, k), kernel)[1](gradient)
     scale = jnp.abs(expected).max()
-    np.testing.assert_allclose(kernel_gradient(x, gradient, interpret=True) / scale, expected / scale, atol=1e-5)
+    x = nn.space_to_depth(x) if from_phases else x
+    gradient = nn.space_to_depth(gradient) if to_phases else gradient
+    found = kernel_gradient(x, gradient, from_phases=from_phases, to_phases=to_phases, interpret=True)
+    np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
 
 
 def test_vmap_over_weights_equals_loop():

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks.conv_mosaic import CASES, CUTS, reference
+from drama_jax import nn
 from drama_jax.nn import gpu_convolution
 from drama_jax.nn.gpu_convolution_mosaic import conv3x3, cut_for
 from drama_jax.nn.gpu_convolution_mosaic_program import Cut
@@ -33,29 +34,34 @@ def operands(frames, height, width, channels, out):
     )
 
 
-def interpreted(x, kernel, bias, silu, to_phases, cut):
+def interpreted(x, kernel, bias, silu, from_phases, to_phases, cut):
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    return conv3x3(x, kernel, bias, silu=silu, to_phases=to_phases, cut=cut, interpret=interpret)
+    return conv3x3(
+        x, kernel, bias, silu=silu, from_phases=from_phases, to_phases=to_phases, cut=cut, interpret=interpret
+    )
 
 
 # More columns than places in shared memory, several blocks of channels, two groups of images. Two warpgroups at most:
 # the interpreter has them wait for each other in threads of which there are as many as processors.
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("shape", "silu", "to_phases", "cut"),
+    ("shape", "silu", "from_phases", "to_phases", "cut"),
     [
-        ((64, 4, 4, 64, 32), True, True, Cut(rows=2)),
-        ((64, 2, 2, 128, 48), False, True, Cut(rows=1, parts=2, stages=3, behind=2)),
-        ((128, 2, 4, 16, 16), False, False, Cut(rows=2, stages=2)),
+        ((64, 4, 4, 64, 32), True, False, True, Cut(rows=2)),
+        ((64, 2, 2, 128, 48), False, False, True, Cut(rows=1, parts=2, stages=3, behind=2)),
+        ((128, 2, 4, 16, 16), False, False, False, Cut(rows=2, stages=2)),
+        ((64, 4, 6, 32, 64), False, True, False, Cut(rows=2, stages=4, behind=2)),
+        ((64, 2, 2, 128, 16), True, True, True, Cut(rows=1)),
     ],
-    ids=["rows", "halves", "plain"],
+    ids=["rows", "halves", "plain", "from-phases", "from-phases-in-blocks"],
 )
-def test_the_kernel_equals_xla(shape, silu, to_phases, cut):
+def test_the_kernel_equals_xla(shape, silu, from_phases, to_phases, cut):
+    layouts = {"silu": silu, "from_phases": from_phases, "to_phases": to_phases}
     x, kernel, bias = operands(*shape)
-    found = interpreted(x, kernel, bias, silu, to_phases, cut)
+    x = nn.space_to_depth(x) if from_phases else x
+    found = interpreted(x, kernel, bias, **layouts, cut=cut)
     wide = (array.astype(jnp.float32) for array in (x, kernel))
-    same = jax.jit(reference, static_argnames=("silu", "to_phases"))
-    expected = np.asarray(same(*wide, bias, silu=silu, to_phases=to_phases))
+    expected = np.asarray(jax.jit(functools.partial(reference, **layouts))(*wide, bias))
     assert found.shape == expected.shape and found.dtype == jnp.bfloat16
     assert np.abs(np.asarray(found.astype(jnp.float32)) - expected).max() < 2**-8 * np.abs(expected).max()
 
@@ -67,7 +73,7 @@ def test_vmap_equals_loop(mapped):
     stacked = [jnp.stack([a, -2 * a]) if axis == 0 else a for a, axis in zip((x, kernel, bias), mapped)]
 
     def run(*arrays):
-        return interpreted(*arrays, True, True, Cut(rows=2))
+        return interpreted(*arrays, True, False, True, Cut(rows=2))
 
     found = jax.vmap(run, mapped)(*stacked)
     for i in range(2):
@@ -77,17 +83,18 @@ def test_vmap_equals_loop(mapped):
 
 @needs_eleven
 @pytest.mark.parametrize("name", CUTS)
-@pytest.mark.parametrize("case", ["layer_1", "conv_16_64"])
+@pytest.mark.parametrize("case", ["layer_1", "conv_32_64", "conv_16_64"])
 def test_every_cut_lowers_for_a_gpu(name, case):
-    *shape, silu, to_phases = CASES[case]
-    run = functools.partial(conv3x3, silu=silu, to_phases=to_phases, cut=CUTS[name])
-    text = lower_for_cuda(run, *abstract(*shape))
+    frames, height, channels, out, silu, from_phases, to_phases = CASES[case]
+    run = functools.partial(conv3x3, silu=silu, from_phases=from_phases, to_phases=to_phases, cut=CUTS[name])
+    text = lower_for_cuda(run, *abstract(frames, height, channels, out, phases=from_phases))
     assert text.count("@mosaic_gpu") == 1
 
 
-def abstract(frames, height, channels, out, batch=()):
+def abstract(frames, height, channels, out, batch=(), phases=False):
+    image = (height // 2, height // 2, 4 * channels) if phases else (height, height, channels)
     return (
-        jax.ShapeDtypeStruct((*batch, frames, height, height, channels), jnp.bfloat16),
+        jax.ShapeDtypeStruct((*batch, frames, *image), jnp.bfloat16),
         jax.ShapeDtypeStruct((*batch, 3, 3, channels, out), jnp.bfloat16),
         jax.ShapeDtypeStruct((*batch, out), jnp.float32),
     )
