@@ -57,8 +57,7 @@ def kernel_gradient(
         name=f"conv3x3_gradient_{channels}_{out_channels}",
         interpret=interpret,
     )
-    # In one dimension: of five, XLA lays out the sum as its reader would like it, and reads up to ten times as long.
-    return sums.reshape(programs, -1).sum(axis=0).reshape(3, 3, channels, out_channels)
+    return sums.reshape(programs, 3, 3, channels, out_channels).sum(axis=0)
 
 
 def _gradient_program(x_ref: Any, gradient_ref: Any, out_ref: Any, *, cells: Cells, groups: int) -> None:
