@@ -9,8 +9,9 @@ a process (`benchmarks.processes`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from benchmarks import common, floors, processes
 from benchmarks.autoencoder import inputs, plain
 from drama_jax import nn
 from drama_jax.nn import gpu_convolution_mosaic, gpu_convolution_triton
-from drama_jax.nn.gpu_convolution_mosaic_program import Cut
+from drama_jax.nn.gpu_convolution_mosaic_program import Cut, Form
 
 CUTS = {
     "rows_4": Cut(),
@@ -30,30 +31,15 @@ CUTS = {
     "halves": Cut(rows=2, parts=2),
     "halves_deep": Cut(rows=2, parts=2, stages=3, behind=2),
 }
-
-
-class Case(NamedTuple):
-    """A convolution of the package."""
-
-    frames: int
-    height: int
-    """h = w"""
-    channels: int
-    out: int
-    silu: bool = False
-    """Ends it, as in the encoder's evaluation."""
-    from_phases: bool = False
-    to_phases: bool = False
-
-
+# Frames, h = w, I, O, and whether SiLU ends it, as in the encoder's evaluation, and which phases are read or written.
 CASES = {
-    "layer_1": Case(8192, 32, 64, 32, silu=True, to_phases=True),
-    "layer_2": Case(8192, 16, 128, 48, silu=True, to_phases=True),
-    "conv_64_32": Case(2048, 32, 64, 32, to_phases=True),
-    "conv_64_16": Case(2048, 32, 64, 16),
-    "conv_128_48": Case(2048, 16, 128, 48, to_phases=True),
-    "conv_32_64": Case(2048, 32, 32, 64, from_phases=True),
-    "conv_16_64": Case(2048, 32, 16, 64),
+    "layer_1": (8192, 32, 64, 32, Form(silu=True, to_phases=True)),
+    "layer_2": (8192, 16, 128, 48, Form(silu=True, to_phases=True)),
+    "conv_64_32": (2048, 32, 64, 32, Form(to_phases=True)),
+    "conv_64_16": (2048, 32, 64, 16, Form()),
+    "conv_128_48": (2048, 16, 128, 48, Form(to_phases=True)),
+    "conv_32_64": (2048, 32, 32, 64, Form(from_phases=True)),
+    "conv_16_64": (2048, 32, 16, 64, Form()),
 }
 
 
@@ -66,27 +52,27 @@ def reference(
     return nn.space_to_depth(y) if to_phases else y
 
 
-def by_triton(x: jax.Array, *args: jax.Array, from_phases: bool, **ends: bool) -> jax.Array:
+def by_triton(x: jax.Array, *args: jax.Array, from_phases: bool, **options: bool) -> jax.Array:
     """By `nn.gpu_convolution_triton`, which does not read phases."""
-    return gpu_convolution_triton.conv3x3(nn.depth_to_space(x) if from_phases else x, *args, **ends)
+    return gpu_convolution_triton.conv3x3(nn.depth_to_space(x) if from_phases else x, *args, **options)
 
 
 def row(case: str, name: str, only_check: bool) -> dict[str, Any]:
     """Error and time of one implementation: one of `CUTS`, "triton" or "xla"."""
-    frames, height, channels, out, *ends = CASES[case]
-    layouts: dict[str, Any] = dict(zip(Case._fields[4:], ends))
+    frames, height, channels, out, form = CASES[case]
+    options: dict[str, Any] = dataclasses.asdict(form)
     x, kernel = inputs(0, frames, height, channels, out)
-    x = nn.space_to_depth(x) if layouts["from_phases"] else x
+    x = nn.space_to_depth(x) if form.from_phases else x
     bias = jax.random.normal(jax.random.key(9), (out,), jnp.float32)
     if name == "xla":
-        function = functools.partial(reference, **layouts)
+        function = functools.partial(reference, **options)
     elif name == "triton":
-        function = functools.partial(by_triton, **layouts)
+        function = functools.partial(by_triton, **options)
     else:
-        function = functools.partial(gpu_convolution_mosaic.conv3x3, **layouts, cut=CUTS[name])
+        function = functools.partial(gpu_convolution_mosaic.conv3x3, **options, cut=CUTS[name])
     some = slice(-256, None)  # float32 takes twice the memory; the last images are those of the last program
     wide = (array.astype(jnp.float32) for array in (x[some], kernel))
-    expected = jax.jit(functools.partial(reference, **layouts))(*wide, bias)
+    expected = jax.jit(functools.partial(reference, **options))(*wide, bias)
     run = functools.partial(jax.jit(function), x, kernel, bias)
     difference = jnp.max(jnp.abs(run()[some].astype(jnp.float32) - expected)) / jnp.max(jnp.abs(expected))
     floor = floors.floor_ms(2.0 * x.size * 9 * out, 2.0 * (x.size + x.size // channels * out))

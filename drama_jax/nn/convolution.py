@@ -83,7 +83,7 @@ def conv3x3(x: jax.Array, kernel: jax.Array, *, from_phases: bool = False, to_ph
     missing_in, missing_out = (-count % 16 if x.dtype == jnp.bfloat16 else 0 for count in (in_channels, out_channels))
     if not (missing_in or missing_out):
         return _convolve(x, kernel, from_phases, to_phases)
-    x = jnp.pad(depth_to_space(x) if from_phases else x, ((0, 0), (0, 0), (0, 0), (0, missing_in)))
+    x = jnp.pad(_as_pixels(x, from_phases), ((0, 0), (0, 0), (0, 0), (0, missing_in)))
     kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing_in), (0, missing_out)))
     y = _convolve(x, kernel, False, False)[..., :out_channels]
     return space_to_depth(y) if to_phases else y
@@ -106,8 +106,8 @@ def _convolve_backward(
     if gpu_convolution.available():
         return _gradients_on_gpu(*saved, gradient, from_phases, to_phases)
     x, kernel = saved
-    x, gradient = (depth_to_space(x) if from_phases else x), (depth_to_space(gradient) if to_phases else gradient)
-    by_x, by_kernel = lax.platform_dependent(x, kernel, gradient, cpu=_gradients_on_cpu, default=_gradients)
+    operands = _as_pixels(x, from_phases), kernel, _as_pixels(gradient, to_phases)
+    by_x, by_kernel = lax.platform_dependent(*operands, cpu=_gradients_on_cpu, default=_gradients)
     return space_to_depth(by_x) if from_phases else by_x, by_kernel
 
 
@@ -117,8 +117,12 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 def _fastest(x: jax.Array, kernel: jax.Array, from_phases: bool, to_phases: bool) -> jax.Array:
     if gpu_convolution.available() and gpu_convolution.serves(x, kernel.shape[-1], from_phases=from_phases):
         return gpu_convolution.conv3x3(x, kernel, from_phases=from_phases, to_phases=to_phases)
-    y = _plain(depth_to_space(x) if from_phases else x, kernel)
+    y = _plain(_as_pixels(x, from_phases), kernel)
     return space_to_depth(y) if to_phases else y
+
+
+def _as_pixels(x: jax.Array, phases: bool) -> jax.Array:
+    return depth_to_space(x) if phases else x
 
 
 def _one_by_one(function: Callable[..., Any]) -> Any:
@@ -170,8 +174,7 @@ def _gradients_on_gpu(
 ) -> tuple[jax.Array, jax.Array]:
     """Each of the two by our kernel or by cuDNN, as measured to be faster; phases as in `conv3x3`."""
     in_channels, out_channels = kernel.shape[2:]
-    pixels = (depth_to_space(array) if phases else array for array, phases in ((x, from_phases), (gradient, to_phases)))
-    by_x, by_kernel = _gradients(next(pixels), kernel, next(pixels))
+    by_x, by_kernel = _gradients(_as_pixels(x, from_phases), kernel, _as_pixels(gradient, to_phases))
     if gpu_convolution.serves(gradient, in_channels, from_phases=to_phases):
         by_x = gpu_convolution.conv3x3(gradient, _mirrored(kernel), from_phases=to_phases, to_phases=from_phases)
     elif from_phases:

@@ -42,8 +42,7 @@ def serves(x: jax.Array, out_channels: int, *, from_phases: bool = False) -> boo
     if channels > 64:
         return shape and out_channels <= 64 and height % gpu_convolution_triton.ROWS_HELD == 0
     if channels == 32:
-        # As fast as cuDNN of pixels; of phases, which cuDNN does not read, faster.
-        return from_phases and _cut_for(x, out_channels, from_phases) is not None
+        return _cut_for(x, out_channels, from_phases) is not None  # Triton's is slower than cuDNN
     return shape and channels in (16, 64) and channels * out_channels <= 2048
 
 

@@ -30,7 +30,8 @@ FASTEST = {
     (32, 64): Cut(rows=2, stages=4, behind=2),
 }
 """By input and output channels, which are those of preset xs. Not 16 to 64: most of its traffic is what it writes, and
-in two rows of two warpgroups it took 0.21 ms where Triton's kernel took 0.17 (2048 images, H100)."""
+in two rows of two warpgroups it took 0.21 ms where Triton's kernel took 0.17 (2048 images, H100). For 32 to 64 see
+`benchmarks/results/conv_mosaic-nvidia-h100-80gb-hbm3.json`."""
 
 
 def cut_for(x: jax.Array, out_channels: int, *, from_phases: bool = False) -> Cut | None:

@@ -34,11 +34,11 @@ class Cut:
 class Form:
     """Which convolution it is."""
 
-    silu: bool
+    silu: bool = False
     """Ends it."""
-    from_phases: bool
+    from_phases: bool = False
     """Phases of 2x2 cells are read"""
-    to_phases: bool
+    to_phases: bool = False
     """and written."""
 
 

@@ -1,5 +1,6 @@
 """The convolution through Mosaic: its results when interpreted, its lowering, and where it is used."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from benchmarks.conv_mosaic import CASES, CUTS, reference
 from drama_jax import nn
 from drama_jax.nn import gpu_convolution
 from drama_jax.nn.gpu_convolution_mosaic import conv3x3, cut_for
-from drama_jax.nn.gpu_convolution_mosaic_program import Cut
+from drama_jax.nn.gpu_convolution_mosaic_program import Cut, Form
 from tests.tools import lower_for_cuda
 
 needs_eleven = pytest.mark.skipif(
@@ -34,34 +35,31 @@ def operands(frames, height, width, channels, out):
     )
 
 
-def interpreted(x, kernel, bias, silu, from_phases, to_phases, cut):
+def interpreted(x, kernel, bias, form, cut):
     interpret = plgpu.InterpretGPUParams(detect_races=True)
-    return conv3x3(
-        x, kernel, bias, silu=silu, from_phases=from_phases, to_phases=to_phases, cut=cut, interpret=interpret
-    )
+    return conv3x3(x, kernel, bias, **dataclasses.asdict(form), cut=cut, interpret=interpret)
 
 
 # More columns than places in shared memory, several blocks of channels, two groups of images. Two warpgroups at most:
 # the interpreter has them wait for each other in threads of which there are as many as processors.
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("shape", "silu", "from_phases", "to_phases", "cut"),
+    ("shape", "form", "cut"),
     [
-        ((64, 4, 4, 64, 32), True, False, True, Cut(rows=2)),
-        ((64, 2, 2, 128, 48), False, False, True, Cut(rows=1, parts=2, stages=3, behind=2)),
-        ((128, 2, 4, 16, 16), False, False, False, Cut(rows=2, stages=2)),
-        ((64, 4, 6, 32, 64), False, True, False, Cut(rows=2, stages=4, behind=2)),
-        ((64, 2, 2, 128, 16), True, True, True, Cut(rows=1)),
+        ((64, 4, 4, 64, 32), Form(silu=True, to_phases=True), Cut(rows=2)),
+        ((64, 2, 2, 128, 48), Form(to_phases=True), Cut(rows=1, parts=2, stages=3, behind=2)),
+        ((128, 2, 4, 16, 16), Form(), Cut(rows=2, stages=2)),
+        ((64, 4, 6, 32, 64), Form(from_phases=True), Cut(rows=2, stages=4, behind=2)),
+        ((64, 2, 2, 128, 16), Form(silu=True, from_phases=True, to_phases=True), Cut(rows=1)),
     ],
     ids=["rows", "halves", "plain", "from-phases", "from-phases-in-blocks"],
 )
-def test_the_kernel_equals_xla(shape, silu, from_phases, to_phases, cut):
-    layouts = {"silu": silu, "from_phases": from_phases, "to_phases": to_phases}
+def test_the_kernel_equals_xla(shape, form, cut):
     x, kernel, bias = operands(*shape)
-    x = nn.space_to_depth(x) if from_phases else x
-    found = interpreted(x, kernel, bias, **layouts, cut=cut)
+    x = nn.space_to_depth(x) if form.from_phases else x
+    found = interpreted(x, kernel, bias, form, cut)
     wide = (array.astype(jnp.float32) for array in (x, kernel))
-    expected = np.asarray(jax.jit(functools.partial(reference, **layouts))(*wide, bias))
+    expected = np.asarray(jax.jit(functools.partial(reference, **dataclasses.asdict(form)))(*wide, bias))
     assert found.shape == expected.shape and found.dtype == jnp.bfloat16
     assert np.abs(np.asarray(found.astype(jnp.float32)) - expected).max() < 2**-8 * np.abs(expected).max()
 
@@ -73,7 +71,7 @@ def test_vmap_equals_loop(mapped):
     stacked = [jnp.stack([a, -2 * a]) if axis == 0 else a for a, axis in zip((x, kernel, bias), mapped)]
 
     def run(*arrays):
-        return interpreted(*arrays, True, False, True, Cut(rows=2))
+        return interpreted(*arrays, Form(silu=True, to_phases=True), Cut(rows=2))
 
     found = jax.vmap(run, mapped)(*stacked)
     for i in range(2):
@@ -85,9 +83,9 @@ def test_vmap_equals_loop(mapped):
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("case", ["layer_1", "conv_32_64", "conv_16_64"])
 def test_every_cut_lowers_for_a_gpu(name, case):
-    frames, height, channels, out, silu, from_phases, to_phases = CASES[case]
-    run = functools.partial(conv3x3, silu=silu, from_phases=from_phases, to_phases=to_phases, cut=CUTS[name])
-    text = lower_for_cuda(run, *abstract(frames, height, channels, out, phases=from_phases))
+    *shape, form = CASES[case]
+    run = functools.partial(conv3x3, **dataclasses.asdict(form), cut=CUTS[name])
+    text = lower_for_cuda(run, *abstract(*shape, phases=form.from_phases))
     assert text.count("@mosaic_gpu") == 1
 
 
@@ -105,6 +103,23 @@ def test_several_seeds_are_one_kernel():
     run = lambda *arrays: gpu_convolution.conv3x3(*arrays, silu=True, to_phases=True)  # noqa: E731
     text = lower_for_cuda(jax.vmap(run), *abstract(2048, 16, 128, 48, (3,)))
     assert text.count("@mosaic_gpu") == 1 and "triton" not in text
+
+
+@needs_eleven
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+@pytest.mark.parametrize(("channels", "out", "from_phases"), [(32, 64, True), (64, 32, False)], ids=str)
+def test_in_training_phases_go_in_and_out_of_kernels_only(channels, out, from_phases, monkeypatch):
+    monkeypatch.setattr(gpu_convolution, "available", lambda: True)
+    x, kernel, _ = abstract(2048, 32, channels, out, phases=from_phases)
+    run = functools.partial(nn.conv3x3, from_phases=from_phases, to_phases=not from_phases)
+
+    def both_ways(x, kernel, gradient):
+        y, pull = jax.vjp(run, x, kernel)
+        return y, *pull(gradient)
+
+    text = lower_for_cuda(both_ways, x, kernel, jax.eval_shape(run, x, kernel))
+    assert text.count("@mosaic_gpu") == 2 and text.count("xla.gpu.triton") == 1
+    assert "stablehlo.convolution" not in text
 
 
 @needs_eleven
